@@ -1,0 +1,41 @@
+"""Labelled cohorts: a ``cases.csv`` beside its images, with one row per case and a fixed split."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from medvit.errors import NothingFound
+
+_COLUMNS = ("case_id", "image", "label", "split")
+
+
+def labelled_cases(dataset_dir: str | Path, split: str) -> list[dict[str, str]]:
+    """Cases of one split, for a MONAI ``Dataset``.
+
+    Args:
+        dataset_dir: folder with ``cases.csv``; its ``image`` and ``label`` columns are paths relative to that folder.
+        split: value of the ``split`` column, e.g. ``"train"`` or ``"val"``.
+
+    Returns:
+        ``{"image": path, "label": path, "case": case_id}`` per case, in the order of the table.
+
+    Raises:
+        NothingFound: no table, a column that lacks, or no case in that split.
+    """
+    table = Path(dataset_dir) / "cases.csv"
+    if not table.is_file():
+        raise NothingFound(f"{table}: no such table; dataset_dir must hold a cases.csv with columns {', '.join(_COLUMNS)}")
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    lacking = [c for c in _COLUMNS if rows and c not in rows[0]]
+    if lacking:
+        raise NothingFound(f"{table}: lacks the columns {', '.join(lacking)}")
+    chosen = [row for row in rows if row["split"] == split]
+    if not chosen:
+        found = sorted({row["split"] for row in rows})
+        raise NothingFound(f"{table}: no case in split {split!r}; the table has {found or 'no rows'}")
+    folder = table.parent
+    return [
+        {"image": str(folder / row["image"]), "label": str(folder / row["label"]), "case": row["case_id"]} for row in chosen
+    ]

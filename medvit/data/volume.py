@@ -1,0 +1,52 @@
+"""One image with its place in the patient and a note of where it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from medvit.data.space import Space
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a volume was read from; enough to write results that refer to it, and nothing that names a patient.
+
+    Args:
+        kind: ``"dicom"``, ``"nifti"`` or another reader's name.
+        files: every file the volume was made of, in slice order for DICOM.
+        modality: DICOM Modality (``"MR"``, ``"CT"``, ...); ``""`` where the format does not say.
+        study_uid, series_uid: DICOM UIDs; ``""`` where there are none.
+        name: stem for outputs, without extension and without patient data.
+    """
+
+    kind: str
+    files: tuple[Path, ...]
+    modality: str = ""
+    study_uid: str = ""
+    series_uid: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Volume:
+    """An image on a voxel grid.
+
+    Args:
+        array: ``(i, j, k)`` in the source's own axis order (DICOM: column, row, slice), float32; CT in HU, others in the
+            source's rescaled units.
+        space: the grid of ``array``.
+        source: where it came from.
+        notes: warnings a person should see (a repaired header, an ignored duplicate, ...), one sentence each.
+    """
+
+    array: np.ndarray
+    space: Space
+    source: Source
+    notes: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if self.array.shape != self.space.shape:
+            raise ValueError(f"array of shape {self.array.shape} does not fill a space of shape {self.space.shape}")

@@ -1,0 +1,59 @@
+"""The only place that knows how torch's layers differ between one, two and three spatial dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_CONV_TRANSPOSE = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+_INSTANCE_NORM = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+_BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+_INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+def _pick(table: dict[int, Any], spatial_dims: int) -> Any:
+    if spatial_dims not in table:
+        raise ValueError(f"spatial_dims must be one of {sorted(table)}, got {spatial_dims!r}")
+    return table[spatial_dims]
+
+
+def ntuple(value: int | Sequence[int], spatial_dims: int, name: str = "value") -> tuple[int, ...]:
+    """``value`` once per axis: an int is repeated, a sequence must have ``spatial_dims`` entries.
+
+    Raises:
+        ValueError: a sequence of another length; the message names ``name``.
+    """
+    if isinstance(value, int):
+        return (value,) * spatial_dims
+    entries = tuple(int(v) for v in value)
+    if len(entries) != spatial_dims:
+        raise ValueError(f"{name} needs one int or {spatial_dims} of them, got {value!r}")
+    return entries
+
+
+def conv(spatial_dims: int, *args: Any, **kwargs: Any) -> nn.Module:
+    """``torch.nn.ConvNd(*args, **kwargs)`` of that many dimensions."""
+    return _pick(_CONV, spatial_dims)(*args, **kwargs)
+
+
+def conv_transpose(spatial_dims: int, *args: Any, **kwargs: Any) -> nn.Module:
+    """``torch.nn.ConvTransposeNd(*args, **kwargs)`` of that many dimensions."""
+    return _pick(_CONV_TRANSPOSE, spatial_dims)(*args, **kwargs)
+
+
+def instance_norm(spatial_dims: int, *args: Any, **kwargs: Any) -> nn.Module:
+    """``torch.nn.InstanceNormNd(*args, **kwargs)`` of that many dimensions."""
+    return _pick(_INSTANCE_NORM, spatial_dims)(*args, **kwargs)
+
+
+def batch_norm(spatial_dims: int, *args: Any, **kwargs: Any) -> nn.Module:
+    """``torch.nn.BatchNormNd(*args, **kwargs)`` of that many dimensions."""
+    return _pick(_BATCH_NORM, spatial_dims)(*args, **kwargs)
+
+
+def interpolation(spatial_dims: int) -> str:
+    """Name of (multi)linear interpolation in ``torch.nn.functional.interpolate``."""
+    return str(_pick(_INTERPOLATION, spatial_dims))

@@ -1,0 +1,43 @@
+"""The oracle: windowed attention straight from its definition, quadratic in the whole grid. For tests and small grids."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from medvit.kernels.windows import WindowGeometry
+
+
+def supports(q: Tensor, geometry: WindowGeometry) -> str | None:
+    """Why this backend cannot run, or None: it always can."""
+    return None
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, geometry: WindowGeometry, bias: Tensor | None, dropout: float = 0.0) -> Tensor:
+    """See :func:`medvit.kernels.attention.windowed_attention`; every pair of tokens is scored, most are then forbidden."""
+    grid = q.shape[1 : 1 + len(geometry.size)]
+    q, k, v = (geometry.pad(t).flatten(1, len(grid)).transpose(1, 2) for t in (q, k, v))
+    window, member = _place(geometry, grid, q.device)
+    logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    if bias is not None:
+        logits = logits + bias[:, member[:, None], member[None, :]]
+    logits = logits.masked_fill(window[:, None] != window[None, :], float("-inf"))
+    out = (F.dropout(logits.softmax(-1), dropout) @ v).transpose(1, 2)
+    out = out.unflatten(1, geometry.padded(grid))
+    return out[(slice(None), *[slice(g) for g in grid])]
+
+
+def _place(geometry: WindowGeometry, grid: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each token of the padded grid: an id shared by those it may see, and its index within the window."""
+    padded = geometry.padded(grid)
+    window = torch.zeros(padded, dtype=torch.int64, device=device)
+    member = torch.zeros_like(window)
+    for axis, (length, size, shift) in enumerate(zip(padded, geometry.size, geometry.shift, strict=True)):
+        position = torch.arange(length, device=device)
+        rolled = (position - shift) % length
+        shape = [-1 if a == axis else 1 for a in range(len(padded))]
+        seen = rolled // size * 2 + (position < shift)
+        window = window * (2 * length) + seen.reshape(shape)
+        member = member * size + (rolled % size).reshape(shape)
+    return window.flatten(), member.flatten()

@@ -1,0 +1,78 @@
+"""Transformer blocks over token grids ``(B, *grid, C)``."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from medvit.kernels import WindowGeometry
+from medvit.layers.attention import WindowAttention
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, linear, over the last axis."""
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0):
+        super().__init__()
+        self.fc1, self.act, self.fc2, self.drop = nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim), nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., dim)`` to the same."""
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+class DropPath(nn.Module):
+    """Drops a whole residual branch per sample in training (Huang et al., "Deep Networks with Stochastic Depth", 2016)."""
+
+    def __init__(self, rate: float = 0.0):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zero the branch with probability ``rate``, scale it up otherwise; identity in evaluation."""
+        if not self.training or self.rate == 0.0:
+            return x
+        keep = 1.0 - self.rate
+        return x * (x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep) / keep)
+
+
+class SwinBlock(nn.Module):
+    """Pre-norm window attention and MLP, each with a residual.
+
+    Args:
+        dim: channels.
+        num_heads: attention heads.
+        geometry: windows, shifted or not.
+        mlp_ratio: hidden width of the MLP over ``dim``.
+        qkv_bias, clamp: see :class:`~medvit.layers.attention.WindowAttention`.
+        drop, attn_drop: dropout of the projections and of attention weights.
+        drop_path: probability of dropping a residual branch.
+
+    Shapes: ``(B, *grid, dim)`` to the same. Source: Liu et al., "Swin Transformer" (ICCV 2021).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        geometry: WindowGeometry,
+        *,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        clamp: str = "exact",
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+    ):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = WindowAttention(
+            dim, num_heads, geometry, qkv_bias=qkv_bias, clamp=clamp, attn_drop=attn_drop, proj_drop=drop
+        )
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One block; see the class."""
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))

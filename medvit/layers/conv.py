@@ -1,0 +1,75 @@
+"""Convolution blocks of the UNETR family, over images ``(B, C, *spatial)``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from medvit.dims import batch_norm, conv, conv_transpose, instance_norm
+
+_NORMS = {"instance": instance_norm, "batch": batch_norm}
+
+
+def image_norm(spatial_dims: int, channels: int, name: str) -> nn.Module:
+    """``"instance"`` (no affine, eps 1e-5) or ``"batch"`` normalisation.
+
+    Raises:
+        ValueError: another name.
+    """
+    if name not in _NORMS:
+        raise ValueError(f"norm must be one of {sorted(_NORMS)}, got {name!r}")
+    return _NORMS[name](spatial_dims, channels)
+
+
+class ResidualBlock(nn.Module):
+    """conv 3, norm, LeakyReLU, conv 3, norm, plus the input (projected where widths differ), LeakyReLU; no conv bias.
+
+    Args:
+        spatial_dims: rank of the image.
+        in_channels, out_channels: widths.
+        norm: see :func:`image_norm`.
+
+    Source: MONAI ``UnetResBlock`` (Isensee et al., nnU-Net).
+    """
+
+    def __init__(self, spatial_dims: int, in_channels: int, out_channels: int, norm: str = "instance"):
+        super().__init__()
+        self.conv1 = conv(spatial_dims, in_channels, out_channels, 3, padding=1, bias=False)
+        self.conv2 = conv(spatial_dims, out_channels, out_channels, 3, padding=1, bias=False)
+        self.norm1 = image_norm(spatial_dims, out_channels, norm)
+        self.norm2 = image_norm(spatial_dims, out_channels, norm)
+        self.act = nn.LeakyReLU(0.01, inplace=True)
+        self.shortcut: nn.Module = nn.Identity()
+        if in_channels != out_channels:
+            self.shortcut = nn.Sequential(
+                conv(spatial_dims, in_channels, out_channels, 1, bias=False), image_norm(spatial_dims, out_channels, norm)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, in_channels, *spatial)`` to ``(B, out_channels, *spatial)``."""
+        out = self.act(self.norm1(self.conv1(x)))
+        out = self.norm2(self.conv2(out))
+        return self.act(out + self.shortcut(x))
+
+
+class UpBlock(nn.Module):
+    """Transposed convolution that doubles the resolution, concatenation with the skip, residual block.
+
+    Args:
+        spatial_dims: rank of the image.
+        in_channels: width of the coarse map.
+        out_channels: width of the skip and of the result.
+        norm: see :func:`image_norm`.
+        scale: per-axis upsampling factor.
+    """
+
+    def __init__(
+        self, spatial_dims: int, in_channels: int, out_channels: int, norm: str = "instance", scale: tuple[int, ...] | int = 2
+    ):
+        super().__init__()
+        self.up = conv_transpose(spatial_dims, in_channels, out_channels, scale, stride=scale, bias=False)
+        self.block = ResidualBlock(spatial_dims, 2 * out_channels, out_channels, norm)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """``(B, in_channels, *spatial)`` and ``(B, out_channels, *finer)`` to ``(B, out_channels, *finer)``."""
+        return self.block(torch.cat((self.up(x), skip), 1))

@@ -1,0 +1,155 @@
+"""Swin UNETR: Swin encoder, convolutional U-shaped decoder. Exact against MONAI 1.6.1 in every variant.
+
+Hatamizadeh et al., "Swin UNETR: Swin Transformers for Semantic Segmentation of Brain Tumors in MRI Images" (2022);
+He et al., "SwinUNETR-V2" (MICCAI 2023); Project-MONAI/MONAI ``SwinUNETR``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from medvit.dims import conv, ntuple
+from medvit.layers.conv import ResidualBlock, UpBlock
+from medvit.models.swin import SwinEncoder
+from medvit.models.weights import KeyMap
+from medvit.registry import register
+
+
+@register("swin_unetr")
+class SwinUNETR(nn.Module):
+    """Segmentation network; argument names and defaults are MONAI's, with ``clamp`` and ``"merging_legacy"`` added.
+
+    Args:
+        in_channels, out_channels: image channels and classes.
+        spatial_dims: 2 or 3.
+        feature_size: width C at half resolution, a multiple of 12 at the default heads (each head count must divide its
+            stage's width).
+        norm_name: ``"instance"`` or ``"batch"``, of the convolution blocks.
+        patch_size, depths, num_heads, window_size, qkv_bias, mlp_ratio, drop_rate, attn_drop_rate, dropout_path_rate,
+        normalize, patch_norm, downsample, use_v2, use_checkpoint, clamp: see :class:`~medvit.models.swin.SwinEncoder`;
+            the decoder needs four stages.
+
+    Shapes: ``(B, in_channels, *spatial)`` to logits ``(B, out_channels, *spatial)``; every side a multiple of
+    ``16 * patch_size`` and the image larger than one such cell, since the deepest map is instance-normalised.
+
+    Raises:
+        ValueError: sizes that do not fit, at construction or in ``forward``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        spatial_dims: int = 3,
+        patch_size: int | Sequence[int] = 2,
+        depths: Sequence[int] = (2, 2, 2, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        window_size: int | Sequence[int] = 7,
+        qkv_bias: bool = True,
+        mlp_ratio: float = 4.0,
+        feature_size: int = 24,
+        norm_name: str = "instance",
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        dropout_path_rate: float = 0.0,
+        normalize: bool = True,
+        patch_norm: bool = False,
+        use_checkpoint: bool = False,
+        downsample: str = "merging",
+        use_v2: bool = False,
+        clamp: str = "prefix",
+    ):
+        super().__init__()
+        if len(depths) != 4:
+            raise ValueError(f"Swin UNETR has four stages, got depths={tuple(depths)}")
+        self.in_channels = in_channels
+        self.encoder = SwinEncoder(
+            spatial_dims,
+            in_channels,
+            feature_size,
+            patch_size=patch_size,
+            depths=depths,
+            num_heads=num_heads,
+            window_size=window_size,
+            qkv_bias=qkv_bias,
+            mlp_ratio=mlp_ratio,
+            drop_rate=drop_rate,
+            attn_drop_rate=attn_drop_rate,
+            dropout_path_rate=dropout_path_rate,
+            normalize=normalize,
+            patch_norm=patch_norm,
+            downsample=downsample,
+            use_v2=use_v2,
+            use_checkpoint=use_checkpoint,
+            clamp=clamp,
+        )
+        c = self.encoder.channels
+        # full resolution from the image, then one per encoder level; level 3 goes in as it is
+        self.stem = ResidualBlock(spatial_dims, in_channels, c[0], norm_name)
+        self.skips = nn.ModuleList(ResidualBlock(spatial_dims, c[i], c[i], norm_name) for i in range(3))
+        self.bottleneck = ResidualBlock(spatial_dims, c[4], c[4], norm_name)
+        patch = ntuple(patch_size, spatial_dims, "patch_size")
+        scales: list[int | tuple[int, ...]] = [2, 2, 2, 2, patch]
+        widths = (c[4], c[3], c[2], c[1], c[0], c[0])
+        self.ups = nn.ModuleList(
+            UpBlock(spatial_dims, widths[i], widths[i + 1], norm_name, scale) for i, scale in enumerate(scales)
+        )
+        self.head = conv(spatial_dims, c[0], out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits; see the class."""
+        self._check(x)
+        h = self.encoder(x)
+        skips = [h[3], *[block(h[i]) for i, block in reversed(list(enumerate(self.skips)))], self.stem(x)]
+        out = self.bottleneck(h[4])
+        for up, skip in zip(self.ups, skips, strict=True):
+            out = up(out, skip)
+        return self.head(out)
+
+    def _check(self, x: Tensor) -> None:
+        cell = self.encoder.strides[-1]
+        if x.dim() != 2 + len(cell) or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"this network needs (B, {self.in_channels}, {len(cell)} spatial axes), got shape {tuple(x.shape)}"
+            )
+        sides = tuple(int(n) for n in x.shape[2:])
+        if any(n % c for n, c in zip(sides, cell, strict=True)) or sides == cell:
+            fits = tuple(max(-(-n // c), 1) * c for n, c in zip(sides, cell, strict=True))
+            fits = tuple(2 * n for n in fits) if fits == cell else fits
+            raise ValueError(
+                f"every side must be a multiple of {cell} and the image larger than one such cell, got {sides}; "
+                f"pad to {fits}, or use a sliding window with such a roi"
+            )
+
+
+# MONAI's names to medvit's; None is dropped on purpose
+MONAI_KEYS = KeyMap(
+    "monai",
+    {
+        r"swinViT\.patch_embed\.(proj|norm)\.(weight|bias)": r"encoder.patch_embed.\1.\2",
+        r"swinViT\.layers(\d)\.0\.blocks\.(\d+)\.(norm[12])\.(weight|bias)": r"encoder.stages.{\1-1}.blocks.\2.\3.\4",
+        r"swinViT\.layers(\d)\.0\.blocks\.(\d+)\.attn\.relative_position_bias_table": (
+            r"encoder.stages.{\1-1}.blocks.\2.attn.relative_bias.table"
+        ),
+        r"swinViT\.layers\d\.0\.blocks\.\d+\.attn\.relative_position_index": None,
+        r"swinViT\.layers(\d)\.0\.blocks\.(\d+)\.attn\.(qkv|proj)\.(weight|bias)": (
+            r"encoder.stages.{\1-1}.blocks.\2.attn.\3.\4"
+        ),
+        r"swinViT\.layers(\d)\.0\.blocks\.(\d+)\.mlp\.linear([12])\.(weight|bias)": (
+            r"encoder.stages.{\1-1}.blocks.\2.mlp.fc\3.\4"
+        ),
+        r"swinViT\.layers(\d)\.0\.downsample\.(norm|reduction)\.(weight|bias)": r"encoder.stages.{\1-1}.merge.\2.\3",
+        r"swinViT\.layers(\d)c\.0\.layer\.conv([12])\.conv\.weight": r"encoder.stages.{\1-1}.conv.conv\2.weight",
+        r"encoder1\.layer\.conv([12])\.conv\.weight": r"stem.conv\1.weight",
+        r"encoder1\.layer\.conv3\.conv\.weight": r"stem.shortcut.0.weight",
+        r"encoder([2-4])\.layer\.conv([12])\.conv\.weight": r"skips.{\1-2}.conv\2.weight",
+        r"encoder10\.layer\.conv([12])\.conv\.weight": r"bottleneck.conv\1.weight",
+        r"decoder([1-5])\.transp_conv\.conv\.weight": r"ups.{5-\1}.up.weight",
+        r"decoder([1-5])\.conv_block\.conv([12])\.conv\.weight": r"ups.{5-\1}.block.conv\2.weight",
+        r"decoder([1-5])\.conv_block\.conv3\.conv\.weight": r"ups.{5-\1}.block.shortcut.0.weight",
+        r"out\.conv\.conv\.(weight|bias)": r"head.\1",
+    },
+)

@@ -1,0 +1,138 @@
+"""Loading weights so that every key is accounted for."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from medvit.errors import WeightsMismatch
+
+_ARITHMETIC = re.compile(r"\{(\d+)-(\d+)\}")
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """A total table from another library's parameter names to medvit's.
+
+    Args:
+        name: of the foreign layout, for messages.
+        table: regular expression of the whole foreign key to a replacement template, or to None for keys dropped on
+            purpose. In a template ``{a-b}`` is evaluated after substitution (``layers1`` is stage 0).
+    """
+
+    name: str
+    table: Mapping[str, str | None]
+
+    def rename(self, key: str) -> str | None:
+        """medvit's name, or None if the key is dropped on purpose.
+
+        Raises:
+            KeyError: no pattern explains the key.
+        """
+        for pattern, template in self.table.items():
+            match = re.fullmatch(pattern, key)
+            if match:
+                if template is None:
+                    return None
+                return _ARITHMETIC.sub(lambda m: str(int(m[1]) - int(m[2])), match.expand(template))
+        raise KeyError(key)
+
+    def apply(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rename a whole state dict.
+
+        Raises:
+            WeightsMismatch: keys that no pattern explains, listed, or two keys that land on one name.
+        """
+        out: dict[str, Tensor] = {}
+        unknown = []
+        for key, value in state.items():
+            try:
+                new = self.rename(key)
+            except KeyError:
+                unknown.append(key)
+                continue
+            if new in out:
+                raise WeightsMismatch(f"two keys of the {self.name} layout become {new!r}, the second is {key!r}")
+            if new is not None:
+                out[new] = value
+        if unknown:
+            raise WeightsMismatch(
+                f"{len(unknown)} of {len(state)} keys are not of the {self.name} layout: {_some(unknown)}; "
+                "these weights belong to another network or wrapper"
+            )
+        return out
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], key_map: KeyMap | None = None) -> None:
+    """Copy a state dict into a model; every key and shape must agree. Nothing is copied otherwise.
+
+    Args:
+        model: receives the weights, converted to its own dtype.
+        state: tensors by name, medvit's names or, with ``key_map``, a foreign layout's.
+        key_map: the foreign layout.
+
+    Raises:
+        WeightsMismatch: missing or unexpected keys, or other shapes; the message lists them.
+    """
+    given = key_map.apply(state) if key_map else dict(state)
+    own = model.state_dict()
+    missing = sorted(own.keys() - given.keys())
+    unexpected = sorted(given.keys() - own.keys())
+    shapes = [
+        f"{k}: network {tuple(own[k].shape)}, weights {tuple(given[k].shape)}"
+        for k in sorted(own.keys() & given.keys())
+        if own[k].shape != given[k].shape
+    ]
+    if missing or unexpected or shapes:
+        parts = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
+        account = "; ".join(f"{len(keys)} {what} ({_some(keys)})" for what, keys in parts if keys)
+        raise WeightsMismatch(f"the weights do not fit the network: {account}. Check that both are of the same bundle")
+    model.load_state_dict(given, strict=True)
+
+
+def read_state(path: str | Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """Read a plain state dict of tensors (``.pt`` with ``weights_only=True``, or ``.safetensors``), on the CPU.
+
+    Args:
+        path: the file.
+        sha256: expected hash of the file, hexadecimal.
+
+    Raises:
+        WeightsMismatch: no such file, another hash, or contents that are not a flat dict of tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsMismatch(f"{path}: no such weights file")
+    if sha256 is not None and (found := file_sha256(path)) != sha256:
+        raise WeightsMismatch(
+            f"{path}: the weights are not those the metadata names: expected sha256 {sha256}, found {found}; "
+            "restore the file, or record the new weights in the metadata"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise WeightsMismatch(f"{path}: not readable as plain tensors ({type(error).__name__}: {error})") from error
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise WeightsMismatch(f"{path}: must hold a flat dict of tensors, nothing else; convert the checkpoint first")
+    return dict(state)
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hexadecimal sha256 of a file's bytes."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _some(items: list[str], most: int = 6) -> str:
+    return ", ".join(items[:most]) + (f", and {len(items) - most} more" if len(items) > most else "")
