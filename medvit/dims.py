@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable
+from operator import index
+from typing import Any, SupportsIndex, TypeVar
 
 from torch import nn
 
-_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_CONV_TRANSPOSE = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-_INSTANCE_NORM = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
-_BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+T = TypeVar("T")
+Layers = dict[int, type[nn.Module]]
+
+_CONV: Layers = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_CONV_TRANSPOSE: Layers = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+_INSTANCE_NORM: Layers = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+_BATCH_NORM: Layers = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
-def _pick(table: dict[int, Any], spatial_dims: int) -> Any:
+def _pick(table: dict[int, T], spatial_dims: int) -> T:
     if spatial_dims not in table:
         raise ValueError(f"spatial_dims must be one of {sorted(table)}, got {spatial_dims!r}")
     return table[spatial_dims]
 
 
-def ntuple(value: int | Sequence[int], spatial_dims: int, name: str = "value") -> tuple[int, ...]:
+def ntuple(value: SupportsIndex | Iterable[SupportsIndex], spatial_dims: int, name: str = "value") -> tuple[int, ...]:
     """``value`` once per axis: an int is repeated, a sequence must have ``spatial_dims`` entries.
 
     Raises:
-        ValueError: a sequence of another length; the message names ``name``.
+        ValueError: a sequence of another length, or anything but integers; the message names ``name``.
     """
-    if isinstance(value, int):
-        return (value,) * spatial_dims
-    entries = tuple(int(v) for v in value)
-    if len(entries) != spatial_dims:
+    entries = value if isinstance(value, Iterable) else (value,) * spatial_dims
+    try:
+        axes = tuple(index(entry) for entry in entries)
+    except TypeError:
+        axes = ()
+    if len(axes) != spatial_dims:
         raise ValueError(f"{name} needs one int or {spatial_dims} of them, got {value!r}")
-    return entries
+    return axes
 
 
 def conv(spatial_dims: int, *args: Any, **kwargs: Any) -> nn.Module:
@@ -56,4 +62,4 @@ def batch_norm(spatial_dims: int, *args: Any, **kwargs: Any) -> nn.Module:
 
 def interpolation(spatial_dims: int) -> str:
     """Name of (multi)linear interpolation in ``torch.nn.functional.interpolate``."""
-    return str(_pick(_INTERPOLATION, spatial_dims))
+    return _pick(_INTERPOLATION, spatial_dims)

@@ -47,11 +47,13 @@ def create_model(name: str, **arguments: Any) -> nn.Module:
         **arguments: the network's own constructor arguments, e.g. ``spatial_dims``, ``in_channels``.
 
     Raises:
-        ValueError: an unknown name (the nearest one is suggested), or arguments the network refuses.
+        ValueError: an unknown name (the nearest one is suggested), or values the network refuses.
+        TypeError: an argument the network does not have.
     """
     names = list_models()
     if name not in names:
         near = get_close_matches(name, names, 1)
-        raise ValueError(f"no model named {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {names}"))
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {names}"
+        raise ValueError(f"no model named {name!r}; {hint}")
     model: nn.Module = _MODELS[name](**arguments)
     return model

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
-from pydicom.pixels.decoders import get_decoder
+from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.processing import apply_modality_lut
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
@@ -129,7 +129,7 @@ def _without_duplicates(headers: Sequence[Header]) -> tuple[list[Header], tuple[
                     seen.add(pixels)
     if not dropped:
         return list(headers), ()
-    note = f"{len(dropped)} duplicates of other files were ignored, {dropped[0].name} among them"
+    note = f"duplicates of other files ignored: {len(dropped)} ({dropped[0].name}{', ...' if len(dropped) > 1 else ''})"
     return [header for header in headers if header.path not in dropped], (note,)
 
 

@@ -217,6 +217,7 @@ def _pixel_shortfall(ds: Dataset, samples: int, file: BinaryIO) -> str | None:
     order: Literal["little", "big"] = "little" if little else "big"
     begin = file.tell()
     element = file.read(12)
+    implicit = implicit or not element[4:6].isalpha()  # some writers drop the VR here only
     size = file.seek(0, 2)
     tag = (int.from_bytes(element[:2], order) << 16) + int.from_bytes(element[2:4], order)
     if len(element) < 8 or tag not in _PIXEL_TAGS:
@@ -227,8 +228,9 @@ def _pixel_shortfall(ds: Dataset, samples: int, file: BinaryIO) -> str | None:
         forged = expected > _MAX_COMPRESSION * size
         return f"its header promises {expected} bytes of pixels in a file of {size}; it is corrupt" if forged else None
     present = size - begin - (8 if implicit else 12)
-    compressed = syntax is not None and syntax.is_compressed
-    if present < declared or (declared < expected and not compressed):
+    native = syntax is None or not syntax.is_compressed
+    subsampled = _text(ds, "PhotometricInterpretation").upper().endswith(("422", "420"))
+    if present < declared or (declared < expected and native and not subsampled):
         needed = max(declared, expected)
         return f"the file is cut short: {max(present, 0)} of {needed} bytes of pixels are there; get it again"
     return None
@@ -243,7 +245,7 @@ def _text(ds: Dataset, keyword: str) -> str:
 
 def _integer(ds: Dataset, keyword: str) -> int | None:
     try:
-        return int(ds.get(keyword))  # type: ignore[arg-type]
+        return int(ds.get(keyword))
     except (TypeError, ValueError):
         return None
 

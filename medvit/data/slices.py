@@ -12,8 +12,8 @@ from medvit.errors import UnreadableSeries
 
 Vector = tuple[float, float, float]
 
-# Scanners round cosines and spacings differently from slice to slice (1e-6 to 1e-4 is usual). Below SAME_* that is noise
-# and is averaged; above OTHER_* it is another image (a scout); in between the series contradicts itself: refused.
+# Scanners round cosines and spacings differently from slice to slice (1e-6 to 1e-4 is usual). Below SAME_* that is
+# noise and is averaged; above OTHER_* it is another image (a scout); in between the series contradicts itself: refused.
 SAME_DIRECTION, OTHER_DIRECTION = 1e-3, 1e-2
 SAME_SPACING, OTHER_SPACING = 1e-3, 1e-2
 SAME_POSITION_MM = 5e-3  # closer slices are at one place
@@ -203,8 +203,8 @@ def _refuse_uneven(heights: np.ndarray, series: str) -> None:
         where = ", ".join(f"{heights[g]:.4g} and {heights[g + 1]:.4g}" for g in gaps[:3])
         missing = int((multiples[gaps] - 1).sum())
         reason = (
-            f"{missing} of {len(heights) + missing} slices are missing: slices are {usual:.4g} mm apart, but there is a gap"
-            f" between {where} mm along the normal; get the complete series"
+            f"{missing} of {len(heights) + missing} slices are missing: slices are {usual:.4g} mm apart, but there is"
+            f" a gap between {where} mm along the normal; get the complete series"
         )
         raise UnreadableSeries(series, "missing-slice", reason)
     odd = int(np.abs(steps - usual).argmax())

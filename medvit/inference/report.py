@@ -12,7 +12,7 @@ import numpy as np
 from medvit.data.labels import LabelMap, Structure
 from medvit.data.space import Space
 from medvit.errors import SpaceMismatch
-from medvit.writers.base import atomic
+from medvit.writers.base import atomic, with_suffix
 
 _PIXELS = 480  # pixels along the longest edge of the patient box: the same scale in all three panels
 _INCHES = 4.2  # the same edge on paper
@@ -38,6 +38,24 @@ _PLANES = (
     _Plane("coronal", 1, (0, -1), (2, 1), "RLSI"),
     _Plane("sagittal", 0, (1, -1), (2, 1), "APSI"),
 )
+
+
+class OverlayWriter:
+    """Writes :func:`overlay` pictures; the image is read again from the label map's source files.
+
+    Args:
+        suffix: what is put behind the stem.
+    """
+
+    def __init__(self, suffix: str = "_overlay.png"):
+        self.suffix = suffix
+
+    def write(self, label_map: LabelMap, stem: Path, *, overwrite: bool = False) -> Path:
+        """Write to ``stem`` + suffix and return that path; errors are those of reading and of :func:`overlay`."""
+        from medvit.data.reader import read_volume
+
+        image = read_volume(label_map.source.files).array
+        return overlay(image, label_map, with_suffix(stem, self.suffix), overwrite=overwrite)
 
 
 def overlay(image: np.ndarray, label_map: LabelMap, path: Path, *, overwrite: bool = False) -> Path:

@@ -26,11 +26,13 @@ def windowed_attention(
     """Softmax attention of each token over the tokens that share its window and region.
 
     Args:
-        q, k, v: ``(B, *grid, heads, head_dim)``; logits are scaled by ``head_dim ** -0.5``.
+        q: queries ``(B, *grid, heads, head_dim)``; logits are scaled by ``head_dim ** -0.5``.
+        k: keys, of the same shape.
+        v: values, of the same shape.
         geometry: windows, fitted to the grid here. A grid that is not a whole number of windows is padded with zero
             tokens that are attended.
-        bias: ``(heads, tokens, tokens)`` added to the logits of every window, or None.
-        dropout: probability of dropping an attention weight.
+        bias: ``(heads, tokens, tokens)`` added to the logits of every window, or None; the tokens of a fitted window.
+        dropout: probability of dropping an attention weight; a layer passes 0 in evaluation.
         backend: ``"auto"``, ``"grouped"`` (torch SDPA per window) or ``"dense"`` (the definition, for tests).
 
     Returns:

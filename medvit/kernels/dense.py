@@ -1,4 +1,4 @@
-"""The oracle: windowed attention straight from its definition, quadratic in the whole grid. For tests and small grids."""
+"""The oracle: windowed attention straight from its definition, quadratic in the whole grid. For tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def supports(q: Tensor, geometry: WindowGeometry) -> str | None:
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, geometry: WindowGeometry, bias: Tensor | None, dropout: float = 0.0) -> Tensor:
-    """See :func:`medvit.kernels.attention.windowed_attention`; every pair of tokens is scored, most are then forbidden."""
+    """See :func:`medvit.kernels.attention.windowed_attention`; every pair is scored, then most are forbidden."""
     grid = q.shape[1 : 1 + len(geometry.size)]
     q, k, v = (geometry.pad(t).flatten(1, len(grid)).transpose(1, 2) for t in (q, k, v))
     window, member = _place(geometry, grid, q.device)
@@ -23,8 +23,9 @@ def run(q: Tensor, k: Tensor, v: Tensor, geometry: WindowGeometry, bias: Tensor 
     if bias is not None:
         logits = logits + bias[:, member[:, None], member[None, :]]
     logits = logits.masked_fill(window[:, None] != window[None, :], float("-inf"))
-    out = (F.dropout(logits.softmax(-1), dropout) @ v).transpose(1, 2)
-    out = out.unflatten(1, geometry.padded(grid))
+    weights = F.dropout(logits.softmax(-1), dropout).to(v.dtype)
+    out = (weights @ v).transpose(1, 2)
+    out = out.reshape(out.shape[0], *geometry.padded(grid), *out.shape[2:])
     return out[(slice(None), *[slice(g) for g in grid])]
 
 

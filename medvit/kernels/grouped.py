@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from medvit.kernels.windows import WindowGeometry
+from medvit.kernels.windows import WindowGeometry, constant
 
 
 def supports(q: Tensor, geometry: WindowGeometry) -> str | None:
@@ -23,14 +21,13 @@ def run(q: Tensor, k: Tensor, v: Tensor, geometry: WindowGeometry, bias: Tensor 
     mask = None if bias is None else bias.to(q.dtype)[None]
     if any(geometry.shift):
         allowed = _additive_mask(geometry, tuple(grid), str(q.device), q.dtype)
-        batch = q.shape[0] // allowed.shape[0]
         mask = allowed if mask is None else mask + allowed
-        mask = mask.expand(batch, *mask.shape).flatten(0, 1) if batch > 1 else mask
+        mask = mask.expand(q.shape[0] // mask.shape[0], *mask.shape).flatten(0, 1)  # windows of all images in turn
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     return geometry.ungroup(out.transpose(1, 2), grid)
 
 
-@lru_cache(maxsize=64)
+@constant(maxsize=64)
 def _additive_mask(geometry: WindowGeometry, grid: tuple[int, ...], device: str, dtype: torch.dtype) -> Tensor:
     """``(windows, 1, tokens, tokens)``: 0 where two tokens may attend, -inf elsewhere."""
     regions = geometry.regions(grid, device)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from math import prod
-from typing import Self
+from typing import ParamSpec, Self
 
 import torch
 from torch import Tensor
@@ -14,12 +14,35 @@ from torch.nn import functional as F
 
 from medvit.dims import ntuple
 
+P = ParamSpec("P")
+
+
+def constant(maxsize: int) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
+    """Decorator that remembers tensors made of sizes alone; nobody may write into them.
+
+    What is remembered is an ordinary tensor even if made in inference mode (training may need it next); while a graph
+    is traced or compiled nothing is remembered, since sizes may be symbols and tensors may be fake there.
+    """
+
+    def decorate(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
+        remembered = lru_cache(maxsize)(torch.inference_mode(False)(make))
+
+        @wraps(make)
+        def get(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+            if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+                return make(*args, **kwargs)
+            return remembered(*args, **kwargs)  # type: ignore[arg-type]
+
+        return get
+
+    return decorate
+
 
 @dataclass(frozen=True)
 class WindowGeometry:
     """Non-overlapping windows over a token grid, optionally shifted cyclically (Swin).
 
-    The grid is zero-padded at the end of each axis to a multiple of ``size``, rolled by ``-shift`` and cut into windows.
+    The grid is zero-padded at the end of each axis to a multiple of ``size``, rolled by ``-shift``, cut into windows.
     Padding tokens take part in attention: released Swin weights expect it. Two tokens attend to each other iff they lie
     in the same window and in the same :meth:`regions`, i.e. on the same side of the cyclic seam.
 
@@ -53,7 +76,11 @@ class WindowGeometry:
         return cls(tuple(grid), (0,) * len(grid))
 
     def fit(self, grid: Sequence[int]) -> WindowGeometry:
-        """The geometry used on ``grid``: an axis no longer than the window becomes one unshifted window."""
+        """The geometry used on ``grid``: an axis no longer than the window becomes one unshifted window.
+
+        Raises:
+            ValueError: a grid of another rank.
+        """
         if len(grid) != len(self.size):
             raise ValueError(f"a {len(self.size)}D window geometry needs as many grid axes, got grid={tuple(grid)}")
         pairs = [(g, 0) if g <= n else (n, s) for g, n, s in zip(grid, self.size, self.shift, strict=True)]
@@ -113,17 +140,24 @@ class WindowGeometry:
         """
         return _regions(self, tuple(grid), str(device))
 
-    def relative_index(self, window: Sequence[int] | None = None) -> Tensor:
+    def relative_index(self, window: Sequence[int] | None = None, device: torch.device | str = "cpu") -> Tensor:
         """Row of a relative-position table for each token pair of one window, ``(tokens, tokens)`` int64.
 
         Args:
             window: the window the table was made for (``prod(2 * w - 1)`` rows, raster order of offsets query minus
                 key); default: this geometry's own size.
+            device: where the result lies; cached per device, do not write into it.
+
+        Raises:
+            ValueError: a table of another rank, or for a smaller window: it lacks the larger offsets.
         """
-        return _relative_index(self.size, tuple(window or self.size))
+        table = self.size if window is None else tuple(window)
+        if len(table) != len(self.size) or any(w < n for w, n in zip(table, self.size, strict=True)):
+            raise ValueError(f"windows of {self.size} need a table for at least that window, got one for {table}")
+        return _relative_index(self.size, table, str(device))
 
 
-@lru_cache(maxsize=256)
+@constant(maxsize=256)
 def _regions(geometry: WindowGeometry, grid: tuple[int, ...], device: str) -> Tensor:
     region = torch.zeros(geometry.padded(grid), dtype=torch.int64, device=device)
     for axis, shift in enumerate(geometry.shift):
@@ -132,11 +166,12 @@ def _regions(geometry: WindowGeometry, grid: tuple[int, ...], device: str) -> Te
     return geometry.group(region[None])
 
 
-@lru_cache(maxsize=256)
-def _relative_index(size: tuple[int, ...], window: tuple[int, ...]) -> Tensor:
-    points = torch.stack(torch.meshgrid([torch.arange(n) for n in size], indexing="ij"), -1).reshape(-1, len(size))
-    offset = points[:, None] - points[None, :] + torch.tensor(window) - 1
-    index = torch.zeros(offset.shape[:2], dtype=torch.int64)
+@constant(maxsize=256)
+def _relative_index(size: tuple[int, ...], window: tuple[int, ...], device: str) -> Tensor:
+    axes = [torch.arange(n, device=device) for n in size]
+    points = torch.stack(torch.meshgrid(axes, indexing="ij"), -1).reshape(-1, len(size))
+    offset = points[:, None] - points[None, :]
+    index = torch.zeros(offset.shape[:2], dtype=torch.int64, device=device)
     for axis, n in enumerate(window):
-        index = index * (2 * n - 1) + offset[..., axis]
+        index = index * (2 * n - 1) + offset[..., axis] + n - 1
     return index

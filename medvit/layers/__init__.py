@@ -1,0 +1,1 @@
+"""Parts of networks: modules over token grids ``(B, *grid, C)`` and images ``(B, C, *spatial)`` of any rank."""

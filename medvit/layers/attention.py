@@ -17,8 +17,11 @@ class RelativePositionBias(nn.Module):
         window: per-axis window the table is made for.
         num_heads: attention heads.
         clamp: what a window smaller than ``window`` reads from the table. ``"exact"``: the entries of its true offsets.
-            ``"prefix"``: the first n x n corner of the full window's index, whatever the offsets; MONAI does this and its
-            released weights were trained so.
+            ``"prefix"``: the first n x n corner of the full window's index, whatever the offsets; MONAI does this and
+            its released weights were trained so.
+
+    Raises:
+        ValueError: another ``clamp``.
 
     Source: Liu et al., "Swin Transformer" (ICCV 2021), eq. 4.
     """
@@ -33,12 +36,12 @@ class RelativePositionBias(nn.Module):
 
     def forward(self, geometry: WindowGeometry) -> Tensor:
         """Bias ``(heads, tokens, tokens)`` for the windows of a fitted geometry."""
-        n = geometry.tokens
+        n, device = geometry.tokens, self.table.device
         if self.clamp == "prefix":
-            index = WindowGeometry(self.window, (0,) * len(self.window)).relative_index()[:n, :n]
+            index = WindowGeometry.full(self.window).relative_index(device=device)[:n, :n]
         else:
-            index = geometry.relative_index(self.window)
-        return self.table[index.flatten().to(self.table.device)].reshape(n, n, -1).permute(2, 0, 1)
+            index = geometry.relative_index(self.window, device)
+        return self.table[index.flatten()].reshape(n, n, -1).permute(2, 0, 1)
 
 
 class WindowAttention(nn.Module):
@@ -54,6 +57,9 @@ class WindowAttention(nn.Module):
         proj_drop: dropout after the output projection.
 
     Shapes: ``(B, *grid, dim)`` to the same.
+
+    Raises:
+        ValueError: heads that do not divide the channels.
     """
 
     def __init__(
@@ -84,4 +90,5 @@ class WindowAttention(nn.Module):
         dropout = self.attn_drop if self.training else 0.0
         out = windowed_attention(q, k, v, geometry, bias=self.relative_bias(geometry), dropout=dropout)
         out = out.flatten(-2)[(slice(None), *[slice(g) for g in grid])]
-        return self.proj_drop(self.proj(out))
+        y: Tensor = self.proj_drop(self.proj(out))
+        return y

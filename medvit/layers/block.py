@@ -13,18 +13,33 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int, drop: float = 0.0):
         super().__init__()
-        self.fc1, self.act, self.fc2, self.drop = nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim), nn.Dropout(drop)
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.act, self.drop = nn.GELU(), nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., dim)`` to the same."""
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        out: Tensor = self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        return out
 
 
 class DropPath(nn.Module):
-    """Drops a whole residual branch per sample in training (Huang et al., "Deep Networks with Stochastic Depth", 2016)."""
+    """Drops a whole residual branch per sample in training.
+
+    Args:
+        rate: probability of dropping, ``0 <= rate < 1``.
+
+    Shapes: ``(B, ...)`` to the same.
+
+    Raises:
+        ValueError: a rate outside that range.
+
+    Source: Huang et al., "Deep Networks with Stochastic Depth" (ECCV 2016).
+    """
 
     def __init__(self, rate: float = 0.0):
         super().__init__()
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(f"a drop-path rate must lie in [0, 1), got {rate}")
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,4 +90,5 @@ class SwinBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """One block; see the class."""
         x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        out: Tensor = x + self.drop_path(self.mlp(self.norm2(x)))
+        return out

@@ -42,29 +42,46 @@ class ResidualBlock(nn.Module):
         self.shortcut: nn.Module = nn.Identity()
         if in_channels != out_channels:
             self.shortcut = nn.Sequential(
-                conv(spatial_dims, in_channels, out_channels, 1, bias=False), image_norm(spatial_dims, out_channels, norm)
+                conv(spatial_dims, in_channels, out_channels, 1, bias=False),
+                image_norm(spatial_dims, out_channels, norm),
             )
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, in_channels, *spatial)`` to ``(B, out_channels, *spatial)``."""
+        if x.device.type == "cpu" and min(x.shape[2:]) < 3:
+            # torch 2.15 on the CPU: where a side is 2, the bfloat16 weight gradient of a 3-wide convolution holds
+            # uninitialised memory. Maps this small cost nothing in float32.
+            with torch.autocast("cpu", enabled=False):
+                return self._forward(x.float() if x.dtype == torch.bfloat16 else x)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         out = self.act(self.norm1(self.conv1(x)))
         out = self.norm2(self.conv2(out))
-        return self.act(out + self.shortcut(x))
+        total: Tensor = self.act(out + self.shortcut(x))
+        return total
 
 
 class UpBlock(nn.Module):
-    """Transposed convolution that doubles the resolution, concatenation with the skip, residual block.
+    """Transposed convolution that raises the resolution ``scale`` times, concatenation with the skip, residual block.
 
     Args:
         spatial_dims: rank of the image.
         in_channels: width of the coarse map.
         out_channels: width of the skip and of the result.
         norm: see :func:`image_norm`.
-        scale: per-axis upsampling factor.
+        scale: upsampling factor, per axis.
+
+    Source: MONAI ``UnetrUpBlock`` (Hatamizadeh et al., UNETR).
     """
 
     def __init__(
-        self, spatial_dims: int, in_channels: int, out_channels: int, norm: str = "instance", scale: tuple[int, ...] | int = 2
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        norm: str = "instance",
+        scale: int | tuple[int, ...] = 2,
     ):
         super().__init__()
         self.up = conv_transpose(spatial_dims, in_channels, out_channels, scale, stride=scale, bias=False)
@@ -72,4 +89,5 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """``(B, in_channels, *spatial)`` and ``(B, out_channels, *finer)`` to ``(B, out_channels, *finer)``."""
-        return self.block(torch.cat((self.up(x), skip), 1))
+        out: Tensor = self.block(torch.cat((self.up(x), skip), 1))
+        return out

@@ -14,7 +14,7 @@ Offsets = tuple[tuple[int, ...], ...]
 
 # Weights are tied to the order they were trained with.
 _MERGING_3D: Offsets = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1))
-# MONAI before 1.5 read two sub-grids twice and two never; every checkpoint published before January 2025 was trained so.
+# MONAI before 1.5 read two sub-grids twice and two never; all checkpoints published before January 2025 are trained so.
 _LEGACY_3D: Offsets = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 1, 1))
 MERGING_ORDERS = ("merging", "mergingv2", "merging_legacy")
 
@@ -47,7 +47,7 @@ class PatchEmbed(nn.Module):
         patch_size: per-axis patch edge in voxels; the image is zero-padded at the end to whole patches.
         norm: LayerNorm over the tokens' channels.
 
-    Shapes: ``(B, in_channels, *spatial)`` to ``(B, *grid, dim)``.
+    Shapes: ``(B, in_channels, *spatial)`` to ``(B, *ceil(spatial / patch_size), dim)``.
     """
 
     def __init__(self, spatial_dims: int, in_channels: int, dim: int, patch_size: tuple[int, ...], norm: bool = False):
@@ -61,7 +61,8 @@ class PatchEmbed(nn.Module):
         extra = [-n % p for n, p in zip(x.shape[2:], self.patch_size, strict=True)]
         if any(extra):
             x = F.pad(x, [v for e in reversed(extra) for v in (0, e)])
-        return self.norm(self.proj(x).movedim(1, -1))
+        tokens: Tensor = self.norm(self.proj(x).movedim(1, -1))
+        return tokens
 
 
 class PatchMerging(nn.Module):
@@ -87,4 +88,5 @@ class PatchMerging(nn.Module):
         if any(odd):
             x = F.pad(x, [0, 0] + [v for e in reversed(odd) for v in (0, e)])
         parts = [x[(slice(None), *[slice(o, None, 2) for o in offset])] for offset in self.offsets]
-        return self.reduction(self.norm(torch.cat(parts, -1)))
+        merged: Tensor = self.reduction(self.norm(torch.cat(parts, -1)))
+        return merged

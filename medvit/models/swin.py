@@ -21,7 +21,20 @@ from medvit.layers.patch import PatchEmbed, PatchMerging
 
 
 class SwinStage(nn.Module):
-    """Blocks with alternating unshifted and shifted windows, then patch merging; optionally a convolution block first."""
+    """Blocks with alternating unshifted and shifted windows, then patch merging.
+
+    Args:
+        spatial_dims: rank of the grid.
+        dim: channels in; ``2 * dim`` come out.
+        depth: number of blocks; every second one is shifted.
+        num_heads: attention heads.
+        window: per-axis window edge in tokens.
+        drop_path: stochastic depth rate of each block.
+        downsample: patch-merging order, see :func:`~medvit.layers.patch.merging_offsets`.
+        conv_first: a residual convolution block before the others.
+        use_checkpoint: recompute blocks in the backward pass.
+        **block: further arguments of :class:`~medvit.layers.block.SwinBlock`.
+    """
 
     def __init__(
         self,
@@ -59,11 +72,12 @@ class SwinStage(nn.Module):
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
-        return self.merge(x).movedim(-1, 1)
+        out: Tensor = self.merge(x).movedim(-1, 1)
+        return out
 
 
 class SwinEncoder(nn.Module):
-    """Patch embedding and four (or more) stages; features after the embedding and after each stage.
+    """Patch embedding and one stage per entry of ``depths``; features after the embedding and after each stage.
 
     Args:
         spatial_dims: 2 or 3.
@@ -81,6 +95,9 @@ class SwinEncoder(nn.Module):
         use_v2: a residual convolution block before each stage (SwinUNETR-V2, He et al., MICCAI 2023).
         use_checkpoint: recompute blocks in the backward pass instead of keeping their activations.
         clamp: see :class:`~medvit.layers.attention.RelativePositionBias`; ``"prefix"`` is what MONAI computes.
+
+    Raises:
+        ValueError: sizes, heads, rates or names that do not fit.
     """
 
     def __init__(
@@ -107,7 +124,10 @@ class SwinEncoder(nn.Module):
     ):
         super().__init__()
         if len(depths) != len(num_heads):
-            raise ValueError(f"depths and num_heads need one entry per stage, got {tuple(depths)} and {tuple(num_heads)}")
+            raise ValueError(
+                f"depths and num_heads need one entry per stage, got depths={tuple(depths)} and "
+                f"num_heads={tuple(num_heads)}"
+            )
         patch = ntuple(patch_size, spatial_dims, "patch_size")
         window = ntuple(window_size, spatial_dims, "window_size")
         self.spatial_dims, self.normalize = spatial_dims, normalize
@@ -115,7 +135,7 @@ class SwinEncoder(nn.Module):
         self.strides = tuple(tuple(p * 2**i for p in patch) for i in range(len(depths) + 1))
         self.patch_embed = PatchEmbed(spatial_dims, in_channels, feature_size, patch, norm=patch_norm)
         self.drop = nn.Dropout(drop_rate)
-        rates = torch.linspace(0, dropout_path_rate, sum(depths)).tolist()
+        rates = torch.linspace(0, dropout_path_rate, sum(depths), device="cpu").tolist()
         self.stages = nn.ModuleList(
             SwinStage(
                 spatial_dims,
@@ -137,7 +157,7 @@ class SwinEncoder(nn.Module):
         )
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """``(B, in_channels, *spatial)`` to feature maps ``(B, channels[i], *spatial / strides[i])``, finest first."""
+        """``(B, in_channels, *spatial)`` to maps ``(B, channels[i], *ceil(spatial / strides[i]))``, finest first."""
         x = self.drop(self.patch_embed(x).movedim(-1, 1))
         features = [self._out(x)]
         for stage in self.stages:

@@ -32,7 +32,7 @@ class SwinUNETR(nn.Module):
             the decoder needs four stages.
 
     Shapes: ``(B, in_channels, *spatial)`` to logits ``(B, out_channels, *spatial)``; every side a multiple of
-    ``16 * patch_size`` and the image larger than one such cell, since the deepest map is instance-normalised.
+    ``16 * patch_size``, and under instance norm the image larger than one such cell: the deepest map needs two voxels.
 
     Raises:
         ValueError: sizes that do not fit, at construction or in ``forward``.
@@ -66,6 +66,7 @@ class SwinUNETR(nn.Module):
         if len(depths) != 4:
             raise ValueError(f"Swin UNETR has four stages, got depths={tuple(depths)}")
         self.in_channels = in_channels
+        self.takes_one_cell = norm_name != "instance"
         self.encoder = SwinEncoder(
             spatial_dims,
             in_channels,
@@ -107,7 +108,8 @@ class SwinUNETR(nn.Module):
         out = self.bottleneck(h[4])
         for up, skip in zip(self.ups, skips, strict=True):
             out = up(out, skip)
-        return self.head(out)
+        logits: Tensor = self.head(out)
+        return logits
 
     def _check(self, x: Tensor) -> None:
         cell = self.encoder.strides[-1]
@@ -116,11 +118,13 @@ class SwinUNETR(nn.Module):
                 f"this network needs (B, {self.in_channels}, {len(cell)} spatial axes), got shape {tuple(x.shape)}"
             )
         sides = tuple(int(n) for n in x.shape[2:])
-        if any(n % c for n, c in zip(sides, cell, strict=True)) or sides == cell:
+        too_small = sides == cell and not self.takes_one_cell
+        if too_small or any(n < c or n % c for n, c in zip(sides, cell, strict=True)):
             fits = tuple(max(-(-n // c), 1) * c for n, c in zip(sides, cell, strict=True))
-            fits = tuple(2 * n for n in fits) if fits == cell else fits
+            fits = tuple(2 * n for n in fits) if fits == cell and not self.takes_one_cell else fits
+            larger = "" if self.takes_one_cell else " and the image larger than one such cell"
             raise ValueError(
-                f"every side must be a multiple of {cell} and the image larger than one such cell, got {sides}; "
+                f"every side must be a multiple of {cell}{larger}, got {sides}; "
                 f"pad to {fits}, or use a sliding window with such a roi"
             )
 
@@ -143,13 +147,20 @@ MONAI_KEYS = KeyMap(
         ),
         r"swinViT\.layers(\d)\.0\.downsample\.(norm|reduction)\.(weight|bias)": r"encoder.stages.{\1-1}.merge.\2.\3",
         r"swinViT\.layers(\d)c\.0\.layer\.conv([12])\.conv\.weight": r"encoder.stages.{\1-1}.conv.conv\2.weight",
+        # norms have keys only where they are batch norms
         r"encoder1\.layer\.conv([12])\.conv\.weight": r"stem.conv\1.weight",
+        r"encoder1\.layer\.norm([12])\.(\w+)": r"stem.norm\1.\2",
         r"encoder1\.layer\.conv3\.conv\.weight": r"stem.shortcut.0.weight",
+        r"encoder1\.layer\.norm3\.(\w+)": r"stem.shortcut.1.\1",
         r"encoder([2-4])\.layer\.conv([12])\.conv\.weight": r"skips.{\1-2}.conv\2.weight",
+        r"encoder([2-4])\.layer\.norm([12])\.(\w+)": r"skips.{\1-2}.norm\2.\3",
         r"encoder10\.layer\.conv([12])\.conv\.weight": r"bottleneck.conv\1.weight",
+        r"encoder10\.layer\.norm([12])\.(\w+)": r"bottleneck.norm\1.\2",
         r"decoder([1-5])\.transp_conv\.conv\.weight": r"ups.{5-\1}.up.weight",
         r"decoder([1-5])\.conv_block\.conv([12])\.conv\.weight": r"ups.{5-\1}.block.conv\2.weight",
+        r"decoder([1-5])\.conv_block\.norm([12])\.(\w+)": r"ups.{5-\1}.block.norm\2.\3",
         r"decoder([1-5])\.conv_block\.conv3\.conv\.weight": r"ups.{5-\1}.block.shortcut.0.weight",
+        r"decoder([1-5])\.conv_block\.norm3\.(\w+)": r"ups.{5-\1}.block.shortcut.1.\2",
         r"out\.conv\.conv\.(weight|bias)": r"head.\1",
     },
 )

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ class KeyMap:
     table: Mapping[str, str | None]
 
     def rename(self, key: str) -> str | None:
-        """medvit's name, or None if the key is dropped on purpose.
+        """The name in medvit, or None if the key is dropped on purpose.
 
         Raises:
             KeyError: no pattern explains the key.
@@ -109,7 +110,7 @@ def read_state(path: str | Path, sha256: str | None = None) -> dict[str, Tensor]
     path = Path(path)
     if not path.is_file():
         raise WeightsMismatch(f"{path}: no such weights file")
-    if sha256 is not None and (found := file_sha256(path)) != sha256:
+    if sha256 is not None and (found := file_sha256(path)) != sha256.lower():
         raise WeightsMismatch(
             f"{path}: the weights are not those the metadata names: expected sha256 {sha256}, found {found}; "
             "restore the file, or record the new weights in the metadata"
@@ -121,9 +122,16 @@ def read_state(path: str | Path, sha256: str | None = None) -> dict[str, Tensor]
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:  # torch's own message advises to run the file's code
+        raise WeightsMismatch(
+            f"{path}: damaged, or holds Python objects besides tensors, whose code is not run; "
+            "convert the checkpoint to a flat dict of tensors first"
+        ) from error
     except Exception as error:
         raise WeightsMismatch(f"{path}: not readable as plain tensors ({type(error).__name__}: {error})") from error
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+    ):
         raise WeightsMismatch(f"{path}: must hold a flat dict of tensors, nothing else; convert the checkpoint first")
     return dict(state)
 

@@ -7,9 +7,8 @@ the label map says.
 
 from __future__ import annotations
 
-import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +22,14 @@ from medvit.writers.base import atomic, with_suffix
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-_log = logging.getLogger("medvit")
-
 # Type-2 attributes that highdicom reads from the source without asking: empty is allowed, absent is not.
 _MAY_BE_EMPTY = {
     **dict.fromkeys(("PatientID", "PatientName", "PatientBirthDate", "PatientSex"), ""),
     **dict.fromkeys(("StudyID", "StudyDate", "StudyTime", "AccessionNumber"), ""),
 }
 _NEEDED = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
+# Stands in for a missing Frame of Reference UID, which highdicom insists on; it is taken out again before writing.
+_NO_FRAME = "2.25.0"
 _SERIES_OFFSET = 1000  # puts a segmentation behind the images in a viewer's list of series
 
 
@@ -38,8 +37,8 @@ class DicomSegWriter:
     """Label maps of DICOM series as DICOM Segmentation objects (BINARY, Explicit VR Little Endian).
 
     Labels become segments 1..n in the order of ``label_map.structures``; a structure without voxels keeps its
-    description. A series without a Frame of Reference UID gets one derived from its Series Instance UID, with a warning
-    in the log: the same for all segmentations of that series, and every frame still names the image it lies on.
+    description. The SEG of a series without a Frame of Reference UID has none either, as the standard provides: its
+    frames are placed by the images they name.
 
     Args:
         algorithm_name: what made the segmentation, e.g. the bundle's name; at most 64 characters.
@@ -69,10 +68,11 @@ class DicomSegWriter:
             segments = _segment_numbers(label_map)
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter(
-                        "ignore"
-                    )  # opinions of pydicom and highdicom on values copied from the source
-                    self._build(label_map.structures, images, segments).save_as(part, enforce_file_format=True)
+                    # opinions of pydicom and highdicom on values copied from the source
+                    warnings.simplefilter("ignore")
+                    seg = self._build(label_map.structures, images, segments)
+                    _drop_stand_in([seg, *images])
+                    seg.save_as(part, enforce_file_format=True)
             except (AttributeError, TypeError, ValueError) as error:
                 # not quoting the error: it may hold a value of the patient's
                 raise OutputError(
@@ -219,7 +219,6 @@ def _check_plane(file: Path, image: Dataset, space: Space, k: int) -> None:
 
 def _complete(image: Dataset, first: Dataset, space: Space) -> None:
     """Settle, on this copy of a header, what highdicom would trip over."""
-    from pydicom.uid import generate_uid
     from pydicom.valuerep import DA, TM
 
     for keyword, empty in _MAY_BE_EMPTY.items():
@@ -239,34 +238,45 @@ def _complete(image: Dataset, first: Dataset, space: Space) -> None:
     if "SpacingBetweenSlices" in image:  # often the gap, or signed: highdicom then works it out from the positions
         del image.SpacingBetweenSlices
     if not image.get("FrameOfReferenceUID"):
-        image.FrameOfReferenceUID = generate_uid(entropy_srcs=["medvit frame", str(image.SeriesInstanceUID)])
-        if image is first:
-            _log.warning("series %s has no frame of reference: its DICOM SEG gets its own", image.SeriesInstanceUID)
+        image.FrameOfReferenceUID = _NO_FRAME
+
+
+def _drop_stand_in(datasets: Iterable[Dataset]) -> None:
+    for dataset in datasets:
+        if dataset.FrameOfReferenceUID == _NO_FRAME:
+            del dataset.FrameOfReferenceUID
+            dataset.pop("PositionReferenceIndicator", None)  # the rest of the frame's module
 
 
 def _verify(part: Path, images: list[Dataset], segments: np.ndarray, path: Path) -> None:
-    """Read the file back and compare identity, every frame's place and every voxel with what was to be written."""
+    """Read the file back; OutputError unless identity, every frame's place and every voxel are what they had to be."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            differences = _differences(part, images, segments)
+    except Exception as error:  # whatever highdicom's reader objects to, e.g. segments that overlap
+        differences = [f"{type(error).__name__}: {error}"]
+    if differences:
+        raise OutputError(
+            f"{path}: the DICOM SEG did not read back as it was meant ({', '.join(differences[:5])}) and was not kept; "
+            "write NIfTI instead and report this"
+        )
+
+
+def _differences(part: Path, images: list[Dataset], segments: np.ndarray) -> list[str]:
     import highdicom
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        seg = highdicom.seg.segread(part)
-        pixels = seg.get_pixels_by_source_instance(
-            [image.SOPInstanceUID for image in images], combine_segments=True, assert_missing_frames_are_empty=True
-        )
-    wrong = [key for key in ("StudyInstanceUID", "FrameOfReferenceUID") if seg[key].value != images[0][key].value]
-    by_uid = {image.SOPInstanceUID: image for image in images}
-    shared = seg.SharedFunctionalGroupsSequence[0]
-    orientation = shared.PlaneOrientationSequence[0].ImageOrientationPatient
+    seg = highdicom.seg.segread(part)
+    wrong = [key for key in ("StudyInstanceUID", "FrameOfReferenceUID") if seg.get(key) != images[0].get(key)]
+    orientation = seg.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence[0].ImageOrientationPatient
     wrong += [] if np.allclose(orientation, images[0].ImageOrientationPatient, atol=1e-6) else ["orientation"]
+    by_uid = {image.SOPInstanceUID: image for image in images}
     for number, frame in enumerate(seg.PerFrameFunctionalGroupsSequence, 1):
         image = by_uid[frame.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID]
         position = frame.PlanePositionSequence[0].ImagePositionPatient
         wrong += [] if np.allclose(position, image.ImagePositionPatient, atol=1e-4) else [f"position of frame {number}"]
+    pixels = seg.get_pixels_by_source_instance(
+        list(by_uid), combine_segments=True, assert_missing_frames_are_empty=True
+    )
     voxels = int(np.count_nonzero(pixels != segments))
-    if wrong or voxels:
-        found = [*wrong, *([f"{voxels} voxels"] if voxels else [])]
-        raise OutputError(
-            f"{path}: the DICOM SEG did not read back as it was meant ({', '.join(found[:5])}) and was not kept; "
-            "write NIfTI instead and report this"
-        )
+    return [*wrong, f"{voxels} voxels"] if voxels else wrong

@@ -1,4 +1,4 @@
-import copy
+import json
 
 import numpy as np
 import pytest
@@ -54,14 +54,14 @@ def test_metadata_gives_structures_in_numeric_order():
         (("2", "type", "scheme"), "x" * 17, "scheme must be text of 1 to 16"),
         (("2", "type", "version"), "1", "exactly the keys"),
         (("2",), ["front"], "structure '2' needs"),
-        (("0",), BLOCK["2"], r"structure '0': a label must be a whole number from 1 to 65535 \(leave background out\)"),
+        (("0",), BLOCK["2"], r"structure '0': a label must be a whole number from 1 to 65535 \(0 is background"),
         (("65536",), BLOCK["2"], "structure '65536'"),
         (("one",), BLOCK["2"], "structure 'one'"),
         (("02",), {**BLOCK["2"], "name": "other"}, r"every structure needs its own label, got \[2, 2, 10\]"),
     ],
 )
 def test_a_wrong_entry_is_named(path, value, message):
-    block = copy.deepcopy(BLOCK)
+    block = json.loads(json.dumps(BLOCK))
     *parents, last = path
     entry = block
     for key in parents:

@@ -50,7 +50,10 @@ def module_name(monai: str) -> str:
 def test_every_stored_tensor_is_reproduced(name: str, variant: str) -> None:
     case = json.loads((PARITY / f"{name}.json").read_text())
     io = load_file(PARITY / f"{name}.io.safetensors")
-    state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(PARITY / f"{name}.weights.safetensors").items()}
+    state = {
+        k: v.float() if v.is_floating_point() else v
+        for k, v in load_file(PARITY / f"{name}.weights.safetensors").items()
+    }
     if not VARIANTS[variant].get("use_v2"):
         state = {k: v for k, v in state.items() if not any(f"layers{i}c." in k for i in range(1, 5))}
     model = create_model("swin_unetr", **{**case["config"]["constructor"], **VARIANTS[variant]}).eval()
@@ -58,7 +61,7 @@ def test_every_stored_tensor_is_reproduced(name: str, variant: str) -> None:
 
     seen: dict[str, torch.Tensor] = {}
 
-    def keep(key: str, token_grid: bool):  # noqa: ANN202
+    def keep(key: str, token_grid: bool):
         return lambda _m, _i, out: seen.update({key: out.movedim(-1, 1) if token_grid else out})
 
     wanted = {k.removeprefix(f"out.{variant}."): v for k, v in io.items() if k.startswith(f"out.{variant}.")}

@@ -23,7 +23,7 @@ def test_both_tables_hold_the_rows_in_their_order(tmp_path):
 
 def test_no_rows_leave_a_header(tmp_path):
     as_csv, as_json = write_volumes([], tmp_path)
-    assert list(csv.reader(as_csv.open())) == [["case", "label", "structure", "voxels", "volume_mm3"]]
+    assert list(csv.reader(as_csv.read_text().splitlines())) == [["case", "label", "structure", "voxels", "volume_mm3"]]
     assert json.loads(as_json.read_text()) == []
 
 

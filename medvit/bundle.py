@@ -1,0 +1,326 @@
+"""MONAI bundles: finding them, checking them, and turning their configuration into objects.
+
+A bundle is a folder with ``configs/metadata.json``, ``configs/inference.json`` and ``models/model.pt``; see MONAI's bundle
+specification. medvit's own facts stand in the metadata under ``"medvit"``: ``weights_sha256`` and ``structures`` (codes and
+colours per label; their names are the ``channel_def`` of ``pred``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medvit.data.labels import Structure
+from medvit.errors import BundleError, MedvitError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from medvit.inference.batch import FolderRunner
+
+WEIGHTS = "models/model.pt"
+_NEEDED = ("configs/metadata.json", "configs/inference.json", WEIGHTS, "LICENSE", "docs/README.md")
+
+
+def bundle_folders() -> list[Path]:
+    """Folders searched for bundles by name: those in ``MEDVIT_BUNDLES``, then the ones that came with medvit."""
+    given = [Path(p) for p in os.environ.get("MEDVIT_BUNDLES", "").split(os.pathsep) if p]
+    package = Path(__file__).resolve().parent
+    # a wheel carries the bundles inside the package, a checkout beside it
+    return [p for p in (*given, package / "_bundles", package.parent / "bundles") if p.is_dir()]
+
+
+def list_bundles() -> list[Bundle]:
+    """Every bundle in :func:`bundle_folders`, by name; the first of a name wins."""
+    found: dict[str, Bundle] = {}
+    for folder in bundle_folders():
+        for path in sorted(folder.iterdir()):
+            if (path / "configs/metadata.json").is_file():
+                found.setdefault(path.name, Bundle(path))
+    return [found[name] for name in sorted(found)]
+
+
+def find_bundle(name_or_path: str | Path) -> Bundle:
+    """A bundle by its folder, or by its name among :func:`list_bundles`.
+
+    Raises:
+        BundleError: neither is there; the message lists the known names.
+    """
+    path = Path(name_or_path)
+    if (path / "configs/metadata.json").is_file():
+        return Bundle(path.resolve())
+    known = {bundle.name: bundle for bundle in list_bundles()}
+    if str(name_or_path) in known:
+        return known[str(name_or_path)]
+    raise BundleError(
+        f"{name_or_path}: no such bundle; give a folder that holds configs/metadata.json, or one of: "
+        + (", ".join(known) or "none are installed")
+    )
+
+
+def locate(name: str) -> str:
+    """Root of the bundle called ``name``, for ``bundle_root`` in its configs: the current folder if it is one of that
+    name, else the installed one. Its weights are checked against the sha256 in the config's metadata all the same.
+
+    Raises:
+        BundleError: no bundle of that name; pass ``--bundle_root``.
+    """
+    here = Path.cwd()
+    if here.name == name and (here / "configs/metadata.json").is_file():
+        return str(here)
+    try:
+        return str(find_bundle(name).root)
+    except BundleError as error:
+        raise BundleError(f"{error}; or pass --bundle_root") from None
+
+
+def select_device(name: str = "auto") -> torch.device:
+    """``"auto"`` (CUDA where there is one, else the CPU) or any name torch knows.
+
+    Raises:
+        BundleError: CUDA is asked for and absent, or the name is unknown.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise BundleError(f"device {name!r} is unknown to torch; use auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BundleError(f"device {name!r} needs a CUDA GPU and torch sees none; use auto or cpu")
+    return device
+
+
+def load_network(
+    network: nn.Module, bundle_root: str | Path, checkpoint: str, sha256: str, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """Put a bundle's weights into its network, every key accounted for, and make it ready for inference.
+
+    Args:
+        network: freshly built, changed in place.
+        bundle_root: the bundle's folder.
+        checkpoint: weights, relative to it.
+        sha256: what the metadata says the file hashes to.
+        device: where the network goes.
+
+    Raises:
+        WeightsMismatch: no file, another hash, other keys or shapes.
+    """
+    from medvit.models.weights import load_weights, read_state
+
+    load_weights(network, read_state(Path(bundle_root) / checkpoint, sha256))
+    return network.to(device).eval()
+
+
+def structures(metadata: Mapping[str, Any]) -> tuple[Structure, ...]:
+    """What the labels of a segmentation bundle mean: names from ``channel_def``, codes from ``medvit.structures``.
+
+    Raises:
+        BundleError: one of them is absent, or they disagree about the labels.
+    """
+    try:
+        names = metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
+        codes = metadata["medvit"]["structures"]
+    except KeyError as error:
+        raise BundleError(f"the metadata lack {error}: needed are the channel_def of pred and medvit.structures") from None
+    if set(codes) != set(names) - {"0"}:
+        raise BundleError(
+            f"medvit.structures must describe every label of channel_def but 0: {sorted(set(names) - {'0'})}, "
+            f"got {sorted(codes)}"
+        )
+    return Structure.from_metadata({label: {"name": names[label], **codes[label]} for label in codes})
+
+
+def folder_runner(
+    dataset: Any,
+    network: nn.Module,
+    inferer: Any,
+    postprocessing: Any,
+    metadata: Mapping[str, Any],
+    output_dir: str | Path,
+    formats: Sequence[str],
+    existing: str,
+    device: torch.device | str,
+) -> FolderRunner:
+    """The evaluator of a segmentation bundle's inference config: every case of ``dataset``, one at a time.
+
+    Args:
+        dataset: MONAI ``Dataset`` whose ``data`` are cases (see :func:`medvit.data.list_cases`) and whose ``transform`` is
+            the preprocessing.
+        network, inferer, postprocessing, device: see :class:`~medvit.inference.predictor.Predictor`.
+        metadata: the bundle's, for the structures and for what the manifest says of the bundle.
+        output_dir, existing: see :class:`~medvit.inference.batch.FolderRunner`.
+        formats: see :func:`~medvit.inference.formats.make_writers`.
+    """
+    from medvit.inference.batch import FolderRunner
+    from medvit.inference.formats import make_writers
+    from medvit.inference.predictor import Predictor
+
+    predictor = Predictor(dataset.transform, network, inferer, postprocessing, structures(metadata), device)
+    name, version = str(metadata["name"]), str(metadata["version"])
+    provenance = {
+        "bundle": name,
+        "bundle_version": version,
+        "weights_sha256": metadata["medvit"]["weights_sha256"],
+        "device": str(device),
+        "versions": _versions(),
+    }
+    writers = make_writers(formats, name, version)
+    return FolderRunner(dataset.data, predictor, writers, output_dir, existing=existing, provenance=provenance)
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {package: version(package) for package in ("medvit", "monai", "torch")}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle folder.
+
+    Args:
+        root: the folder.
+    """
+
+    root: Path
+
+    @property
+    def name(self) -> str:
+        """The folder's name, by which tools know the bundle."""
+        return self.root.name
+
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        """``configs/metadata.json``.
+
+        Raises:
+            BundleError: it is absent or no JSON object.
+        """
+        path = self.root / "configs/metadata.json"
+        try:
+            metadata = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{path}: cannot be read ({error})") from error
+        if not isinstance(metadata, dict):
+            raise BundleError(f"{path}: must hold a JSON object, got {type(metadata).__name__}")
+        return metadata
+
+    def parser(self, *stems: str, **overrides: Any) -> Any:
+        """MONAI ``ConfigParser`` over the configs ``stems`` (default inference), later ones first, with ``overrides``.
+
+        Raises:
+            BundleError: no such config, an override that is no top-level key, or a path with ``#``, which MONAI rewrites.
+        """
+        from monai.bundle import ConfigParser
+
+        parser = ConfigParser()
+        paths = [self.root / "configs" / f"{stem}.json" for stem in stems or ("inference",)]
+        try:
+            parser.read_config([str(path) for path in paths])
+            parser.read_meta(str(self.root / "configs/metadata.json"))
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{self.root}: the configuration cannot be read ({error})") from error
+        for key, value in {"bundle_root": str(self.root), **overrides}.items():
+            if key not in parser.get():
+                raise BundleError(f"{paths[0]}: has no key {key!r} to override; it has {', '.join(sorted(parser.get()))}")
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str) and ("#" in text or text[:1] in "$@%"):
+                    raise BundleError(
+                        f"{text!r}: MONAI reads '#', and a leading '$', '@' or '%', as syntax; rename the folder or file"
+                    )
+            parser[key] = value
+        return parser
+
+    def runner(self, **overrides: Any) -> FolderRunner:
+        """The runner of ``inference.json`` with ``overrides`` of its top-level keys.
+
+        Raises:
+            MedvitError: configuration, weights or inputs do not serve; MONAI's wrapping is removed.
+        """
+        runner: FolderRunner = self._build("evaluator", **overrides)
+        return runner
+
+    def network(self) -> nn.Module:
+        """The network of ``inference.json`` with the bundle's weights, on the CPU, in evaluation mode."""
+        network: nn.Module = self._build("network", device="cpu")
+        return network
+
+    def _build(self, key: str, **overrides: Any) -> Any:
+        from medvit.inference.predictor import root_cause
+
+        try:
+            return self.parser(**overrides).get_parsed_content(key)
+        except Exception as error:
+            cause = root_cause(error)
+            if isinstance(cause, MedvitError) and cause is not error:
+                raise cause from None
+            raise
+
+    def verify(self) -> Iterator[tuple[str, str | None]]:
+        """Check the bundle piece by piece; yields what was checked and what is wrong with it, or None."""
+        yield from ((name, self._attempt(check)) for name, check in self._checks().items())
+
+    def _checks(self) -> dict[str, Any]:
+        return {
+            "files": self._check_files,
+            "metadata": self._check_metadata,
+            "weights": self._check_weights,
+            "network": self._check_network,
+            "configs agree": self._check_agreement,
+        }
+
+    @staticmethod
+    def _attempt(check: Any) -> str | None:
+        try:
+            check()
+        except Exception as error:
+            return str(error) if isinstance(error, MedvitError) else f"{type(error).__name__}: {error}"
+        return None
+
+    def _check_files(self) -> None:
+        absent = [name for name in _NEEDED if not (self.root / name).is_file()]
+        if absent:
+            raise BundleError(f"{self.root}: lacks {', '.join(absent)}")
+
+    def _check_metadata(self) -> None:
+        if self.metadata.get("name") != self.name:
+            raise BundleError(f"the metadata call the bundle {self.metadata.get('name')!r}, its folder {self.name!r}")
+        if self.metadata.get("version") not in self.metadata.get("changelog", {}):
+            raise BundleError(f"version {self.metadata.get('version')!r} is not in the changelog")
+        structures(self.metadata)
+
+    def _check_weights(self) -> None:
+        from medvit.models.weights import read_state
+
+        read_state(self.root / WEIGHTS, self.metadata["medvit"]["weights_sha256"])
+
+    def _check_network(self) -> None:
+        import torch
+
+        shapes = self.metadata["network_data_format"]
+        image, pred = shapes["inputs"]["image"], shapes["outputs"]["pred"]
+        size = [n if isinstance(n, int) else 64 for n in image["spatial_shape"]]
+        with torch.inference_mode():
+            out = self.network()(torch.zeros(1, image["num_channels"], *size))
+        expected = (1, pred["num_channels"], *size)
+        if tuple(out.shape) != expected:
+            raise BundleError(f"by the metadata the network returns {expected}, it returns {tuple(out.shape)}")
+        if not out.isfinite().all():
+            raise BundleError("the network returns NaN or infinity for an image of zeros")
+
+    def _check_agreement(self) -> None:
+        if not (self.root / "configs/train.json").is_file():
+            return
+        train, inference = self.parser("train").get(), self.parser().get()
+        for key in ("network_def", "roi_size"):
+            if train.get(key) != inference.get(key):
+                raise BundleError(f"train.json and inference.json disagree about {key}")

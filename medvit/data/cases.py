@@ -1,0 +1,70 @@
+"""The cases of a folder, as the list of dictionaries that MONAI data sets take."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from medvit.data.study import Inventory, Series, discover
+from medvit.errors import NothingFound
+
+_log = logging.getLogger("medvit")
+
+
+def list_cases(
+    dataset_dir: str | Path | Sequence[str | Path], modalities: Sequence[str] = (), key: str = "image"
+) -> list[dict[str, Any]]:
+    """Every candidate image below ``dataset_dir``, one dictionary each, sorted by name.
+
+    Candidates that cannot be used are listed too: loading them raises the reason, so that it counts as a failed case.
+    What is left out (files that are no images, scouts, other modalities) goes to the log ``medvit``.
+
+    Args:
+        dataset_dir: a folder or file, or several.
+        modalities: DICOM modalities to take, such as ``["MR"]``; empty takes all. NIfTI files do not say and are
+            always taken.
+        key: of the image in each dictionary.
+
+    Returns:
+        ``[{key: path or list of paths (str), "case": name}, ...]``.
+
+    Raises:
+        NothingFound: no such folder, or no candidate in it.
+    """
+    inventory = discover(dataset_dir)
+    wanted = {modality.upper() for modality in modalities}
+    chosen = [one for one in inventory.series if _is_wanted(one, wanted)]
+    if not chosen:
+        raise NothingFound(_nothing(dataset_dir, sorted(wanted), inventory))
+    for aside in inventory.set_aside:
+        level = logging.WARNING if aside.code == "unreadable" else logging.INFO
+        _log.log(level, "%s: set aside (%s): %s", aside.path, aside.code, aside.reason)
+    return [{key: _files(one), "case": one.name} for one in chosen]
+
+
+def _is_wanted(one: Series, wanted: set[str]) -> bool:
+    if not wanted or one.kind == "nifti" or one.modality in wanted or (one.problem is not None and not one.modality):
+        return True
+    _log.warning(
+        "%s: skipped, its modality is %s and not %s", one.name, one.modality or "unknown", "/".join(sorted(wanted))
+    )
+    return False
+
+
+def _files(one: Series) -> str | list[str]:
+    return str(one.files[0]) if one.kind == "nifti" else [str(file) for file in one.files]
+
+
+def _nothing(dataset_dir: object, wanted: list[str], inventory: Inventory) -> str:
+    """What was looked for, where, and what was there instead."""
+    where = dataset_dir if isinstance(dataset_dir, str | Path) else ", ".join(map(str, dataset_dir))  # type: ignore[call-overload]
+    kind = f"DICOM series of modality {' or '.join(wanted)}" if wanted else "DICOM series"
+    others = sorted({one.modality or "unknown" for one in inventory.series})
+    found = [f"series of other modalities: {', '.join(others)}"] if others else []
+    found += [f"{aside.path.name}: {aside.reason}" for aside in inventory.set_aside[:3]]
+    more = len(inventory.set_aside) - 3
+    if more > 0:
+        found.append(f"and {more} more files that are no images")
+    return f"{where}: no {kind} and no NIfTI file found; there is: {'; '.join(found) or 'nothing at all'}"

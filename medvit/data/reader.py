@@ -1,0 +1,115 @@
+"""medvit's readers behind MONAI's ``LoadImaged``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from monai.data import ImageReader
+from monai.utils import MetaKeys, SpaceKeys
+
+from medvit.data.dicom import read_dicom
+from medvit.data.nifti import SUFFIXES, read_nifti
+from medvit.data.study import discover
+from medvit.data.volume import Volume
+from medvit.errors import NothingFound, UnreadableSeries
+
+_log = logging.getLogger("medvit")
+
+
+def read_volume(paths: str | Path | Sequence[str | Path]) -> Volume:
+    """Read one NIfTI file, one DICOM file, the DICOM files of one series, or a folder with exactly one usable series.
+
+    Raises:
+        NothingFound: a path that does not exist, or a folder without a usable series.
+        UnreadableSeries: several volumes where one is needed, or one that cannot be placed.
+        UnreadableFile: a file that cannot be read.
+    """
+    files = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+    for file in files:
+        if not file.exists():
+            raise NothingFound(f"{file}: no such file or folder")
+    if len(files) == 1 and files[0].is_dir():
+        return _read_only_series(files[0])
+    nifti = [file for file in files if file.name.lower().endswith(SUFFIXES) and not _has_dicom_magic(file)]
+    if not nifti:
+        return read_dicom(files)
+    if len(files) > 1:
+        reason = f"one NIfTI file makes a volume, but {len(files)} files came together; load them one by one"
+        raise UnreadableSeries(nifti[0], "several-files", reason)
+    return read_nifti(nifti[0])
+
+
+class VolumeReader(ImageReader):  # type: ignore[misc]
+    """MONAI image reader for everything :func:`read_volume` reads: ``LoadImaged(keys, reader=VolumeReader())``.
+
+    The array is ``(i, j, k)`` float32 without a channel (``EnsureChannelFirstd`` adds it), the affine RAS+ mm. Meta
+    data holds MONAI's own keys and ``medvit_kind``, ``modality``, ``study_uid``, ``series_uid``, ``medvit_notes``
+    (strings, ``""`` if unknown), ``medvit_files`` (list of paths as strings, DICOM in slice order) and
+    ``frame_of_reference`` where the source has one.
+    """
+
+    def verify_suffix(self, filename: Any) -> bool:
+        """True: files are judged by content."""
+        return True
+
+    def read(self, data: Any, **kwargs: Any) -> tuple[Path, ...]:
+        """The paths; everything else happens in :meth:`get_data`.
+
+        ``LoadImage`` catches whatever ``read`` raises and goes on to its default readers, which return a wrong volume
+        for just those series that medvit refuses. What ``get_data`` raises reaches the user.
+        """
+        return (Path(data),) if isinstance(data, str | Path) else tuple(Path(path) for path in data)
+
+    def get_data(self, img: Sequence[Path]) -> tuple[np.ndarray, dict[str, Any]]:
+        """Array and meta data of the one volume that the paths of :meth:`read` hold; raises as :func:`read_volume`."""
+        volume = read_volume(img)
+        space, source = volume.space, volume.source
+        for note in volume.notes:
+            _log.warning("%s: %s", img[0] if len(img) == 1 else img[0].parent, note)
+        meta: dict[str, Any] = {
+            MetaKeys.AFFINE.value: np.array(space.affine),
+            MetaKeys.ORIGINAL_AFFINE.value: np.array(space.affine),
+            MetaKeys.SPATIAL_SHAPE.value: np.array(space.shape),
+            MetaKeys.SPACE.value: SpaceKeys.RAS.value,
+            MetaKeys.ORIGINAL_CHANNEL_DIM.value: "no_channel",
+            "filename_or_obj": str(img[0]),
+            "medvit_kind": source.kind,
+            "medvit_files": [str(file) for file in source.files],
+            "modality": source.modality,
+            "study_uid": source.study_uid,
+            "series_uid": source.series_uid,
+            "medvit_notes": "\n".join(volume.notes),
+        }
+        if space.frame_of_reference:
+            meta["frame_of_reference"] = space.frame_of_reference
+        return volume.array, meta
+
+
+def _read_only_series(folder: Path) -> Volume:
+    series = discover(folder).series
+    usable = [one for one in series if one.problem is None]
+    if len(usable) == 1:
+        return usable[0].read()
+    if len(usable) > 1:
+        names = ", ".join(one.name for one in usable[:10]) + (", ..." if len(usable) > 10 else "")
+        reason = (
+            f"a folder with exactly one image series is needed, but it holds {len(usable)}: {names}; give one of them"
+        )
+        raise UnreadableSeries(folder, "several-series", reason)
+    if len(series) == 1 and series[0].problem is not None:
+        raise series[0].problem
+    problems = "; ".join(str(one.problem) for one in series[:3])
+    found = f" {len(series)} were found, none of them usable: {problems}" if series else ""
+    raise NothingFound(f"{folder}: no DICOM series or NIfTI file that makes a 3D volume.{found}")
+
+
+def _has_dicom_magic(file: Path) -> bool:
+    try:
+        with file.open("rb") as stream:
+            return stream.read(132)[128:] == b"DICM"
+    except OSError:  # the reader will say so
+        return False

@@ -1,0 +1,265 @@
+"""What is in a folder: every image series and every file that is none, found by content and from headers only."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from medvit.data import dicom, nifti
+from medvit.data.headers import Header, NotAnImage, looks_like_dicom, read_header
+from medvit.data.space import Space
+from medvit.data.volume import Volume
+from medvit.errors import MedvitError, NothingFound, UnreadableFile
+
+_DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+_JUNK = ("._", ".ds_store", "thumbs.db", "desktop.ini")
+
+
+@dataclass(frozen=True)
+class Series:
+    """One candidate image, known from headers.
+
+    Args:
+        kind: ``"dicom"`` or ``"nifti"``.
+        files: in slice order for DICOM whose geometry is proven, else sorted by path.
+        name: stem for outputs, unique in its inventory; mirrors the input tree with ``/``. Never made of patient data.
+        modality, description, study_uid, series_uid: from DICOM; ``""`` where unknown.
+        space: its grid, None when it cannot be proven.
+        problem: why it cannot be used as a 3D volume, None if it can (as far as headers tell).
+        notes: what a person should know, one sentence each.
+    """
+
+    kind: str
+    files: tuple[Path, ...]
+    name: str
+    modality: str = ""
+    description: str = ""
+    study_uid: str = ""
+    series_uid: str = ""
+    space: Space | None = None
+    problem: MedvitError | None = None
+    notes: tuple[str, ...] = ()
+
+    def read(self) -> Volume:
+        """Read the voxels; raises ``problem`` if there is one, else what the format's reader raises."""
+        if self.problem is not None:
+            raise self.problem
+        if self.kind == "nifti":
+            volume = nifti.read_nifti(self.files[0], self.name)
+        else:
+            volume = dicom.read_dicom(self.files, self.name)
+        return replace(volume, notes=tuple(dict.fromkeys((*self.notes, *volume.notes))))
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """A file that is no candidate: ``not-an-image``, ``localizer`` or ``unreadable``."""
+
+    path: Path
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """All that was found, both parts sorted: series by name, files by path."""
+
+    series: tuple[Series, ...]
+    set_aside: tuple[SetAside, ...]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """One regular file and the input it was found under."""
+
+    path: Path
+    base: Path
+
+
+def discover(inputs: str | Path | Iterable[str | Path], *, progress: Callable[[int], None] | None = None) -> Inventory:
+    """List the image series in files and folder trees, by content and not by name, without reading pixels.
+
+    Never raises for a bad file: a broken image is a :class:`Series` with a ``problem``, anything else is set aside.
+    Pixels are read only of DICOM files that claim to be copies of each other.
+
+    Args:
+        inputs: one path or several; folders are walked, through symbolic links too.
+        progress: called with the number of files seen so far.
+
+    Raises:
+        NothingFound: an input path does not exist.
+    """
+    paths = [Path(inputs)] if isinstance(inputs, str | Path) else [Path(path) for path in inputs]
+    for path in paths:
+        if not path.exists():
+            raise NothingFound(f"{path}: no such file or folder")
+    headers: dict[Path, Header] = {}
+    bases: dict[Path, Path] = {}
+    series: list[Series] = []
+    set_aside: list[SetAside] = []
+    for count, found in enumerate(_files(paths), start=1):
+        entry = _examine(found)
+        if isinstance(entry, Header):
+            headers[found.path], bases[found.path] = entry, found.base
+        elif isinstance(entry, SetAside):
+            set_aside.append(entry)
+        else:
+            series.append(entry)
+        if progress is not None:
+            progress(count)
+    lost = Counter(aside.path.parent for aside in set_aside if aside.code == "unreadable")
+    lost.update(one.files[0].parent for one in series if one.kind == "dicom")
+    named: list[tuple[str, Series | list[Header]]] = [(one.name, one) for one in series]
+    for group in dicom.group_series(headers.values()):
+        if group[0].localizer:
+            set_aside += [SetAside(h.path, "localizer", "a scout image, made to plan others") for h in group]
+        else:
+            named.append((_dicom_name(group, bases[group[0].path]), group))
+    complete = (
+        replace(one, name=name) if isinstance(one, Series) else _dicom_series(one, name, lost)
+        for name, one in _uniquely_named(named)
+    )
+    return Inventory(tuple(complete), tuple(sorted(set_aside, key=lambda aside: aside.path)))
+
+
+def _files(paths: Iterable[Path]) -> Iterator[_Found]:
+    """Regular files below ``paths``, each once and each folder once, in sorted order."""
+    seen_files: set[Path] = set()
+    seen_folders: set[tuple[int, int]] = set()
+    for path in paths:
+        if not path.is_dir():
+            candidates: Iterable[Path] = [path]
+            base = path.parent
+        else:
+            candidates, base = _walk(path, seen_folders), path
+        for file in candidates:
+            if (real := file.absolute()) not in seen_files:
+                seen_files.add(real)
+                yield _Found(file, base)
+
+
+def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
+    """Files below ``folder``, and folders that cannot be listed."""
+    closed: list[OSError] = []
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=closed.append):
+        status = Path(root).stat()
+        if (status.st_dev, status.st_ino) in seen:  # a link back up, or an input inside another
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders.sort()
+        for name in sorted(names):
+            yield Path(root) / name
+    yield from (Path(str(error.filename)) for error in closed)
+
+
+def _examine(found: _Found) -> Header | Series | SetAside:
+    """What one file is."""
+    path = found.path
+    lower = path.name.lower()
+    if lower.startswith(_JUNK):
+        return SetAside(path, "not-an-image", "a file of the operating system")
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            return SetAside(path, "unreadable", "the folder cannot be listed")
+        if not stat.S_ISREG(mode):  # a pipe would block for ever
+            return SetAside(path, "not-an-image", "not a regular file")
+        with path.open("rb") as file:
+            start = file.read(132)
+    except OSError as error:
+        return SetAside(path, "unreadable", f"cannot be opened: {error.strerror or error}")
+    if lower.endswith(nifti.SUFFIXES) and start[128:132] != b"DICM":
+        return _nifti_series(found)
+    if looks_like_dicom(start):
+        try:
+            return read_header(path)
+        except NotAnImage as error:
+            return SetAside(path, error.code, error.reason)
+        except UnreadableFile as error:
+            if start[128:132] == b"DICM":  # surely meant to be DICOM: a broken candidate, not a stray file
+                return Series("dicom", (path,), _relative(path.with_suffix(""), found.base), problem=error)
+    if lower.endswith(_DICOM_SUFFIXES):
+        return SetAside(path, "unreadable", "named like DICOM, but " + ("not DICOM inside" if start else "empty"))
+    return SetAside(path, "not-an-image", "neither DICOM nor NIfTI")
+
+
+def _nifti_series(found: _Found) -> Series | SetAside:
+    path = found.path
+    if path.name.lower().endswith((".img", ".img.gz")):
+        header = path.with_name(path.name.replace(".img", ".hdr").replace(".IMG", ".HDR"))
+        if header.exists():
+            return SetAside(path, "not-an-image", f"the voxels of {header.name}")
+    name = _relative(path.with_name(nifti.stem(path)), found.base)
+    try:
+        known = nifti.read_nifti_header(path)
+    except MedvitError as problem:
+        return Series("nifti", (path,), name, problem=problem)
+    return Series("nifti", (path,), name, space=known.space, notes=known.notes)
+
+
+def _dicom_name(group: list[Header], base: Path) -> str:
+    first = group[0]
+    title = first.description or first.modality or ("" if first.series_number is not None else "series")
+    parts = ["" if first.series_number is None else str(first.series_number), _sanitised(title)]
+    folder = Path(os.path.commonpath([header.path.parent for header in group]))
+    return _relative(folder / "_".join(part for part in parts if part), base)
+
+
+def _dicom_series(group: list[Header], name: str, lost: Counter[Path]) -> Series:
+    first = group[0]
+    assembly = dicom.assemble(group, name)
+    notes = assembly.notes
+    if not first.series_uid:
+        notes += ("no SeriesInstanceUID: the files of its folder were taken together",)
+    if unreadable := sum(lost[parent] for parent in {header.path.parent for header in group}):
+        notes += (f"unreadable files beside it: {unreadable}; a first or last slice may be missing",)
+    return Series(
+        "dicom",
+        assembly.files,
+        name,
+        first.modality,
+        first.description,
+        first.study_uid,
+        first.series_uid,
+        assembly.space,
+        assembly.problem,
+        notes,
+    )
+
+
+def _relative(path: Path, base: Path) -> str:
+    try:
+        return path.relative_to(base).as_posix()
+    except ValueError:  # a series whose files lie under several inputs
+        return path.name
+
+
+def _sanitised(text: str) -> str:
+    """Letters, digits, dots and dashes of any script; runs of all else become one underscore. At most 64 characters."""
+    kept = "".join(c if c.isalnum() or c in ".-" else " " for c in text)
+    return "_".join(kept.split())[:64].strip("._")
+
+
+_Named = TypeVar("_Named")
+
+
+def _uniquely_named(named: Iterable[tuple[str, _Named]]) -> list[tuple[str, _Named]]:
+    """Sort by name and number equal names, also those that differ in case only: some file systems do not see that."""
+    ordered = sorted(named, key=lambda pair: (pair[0].lower(), pair[0]))
+    taken = {name.lower() for name, _ in ordered}
+    seen: set[str] = set()
+    result = []
+    for name, one in ordered:
+        unique, number = name, 1
+        while unique.lower() in seen or (number > 1 and unique.lower() in taken):
+            number += 1
+            unique = f"{name}_{number}"
+        seen.add(unique.lower())
+        result.append((unique, one))
+    return result

@@ -1,0 +1,34 @@
+"""Output formats by name, as users and bundles spell them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from medvit.inference.report import OverlayWriter
+from medvit.writers.base import Writer
+from medvit.writers.dicom_seg import DicomSegWriter
+from medvit.writers.nifti import NiftiLabelWriter
+
+FORMATS = ("nifti", "dicom-seg", "overlay")
+
+
+def make_writers(formats: Sequence[str], algorithm_name: str, algorithm_version: str) -> list[Writer]:
+    """Writers for ``formats``, in that order.
+
+    Args:
+        formats: any of ``"nifti"`` (label map on the source grid), ``"dicom-seg"`` (for DICOM sources), ``"overlay"`` (a
+            picture); at least one.
+        algorithm_name, algorithm_version: what a DICOM SEG names as its maker.
+
+    Raises:
+        ValueError: an unknown format, or none.
+    """
+    unknown = [f for f in formats if f not in FORMATS]
+    if unknown or not formats:
+        raise ValueError(f"formats must be some of {', '.join(FORMATS)}, got {list(formats)}")
+    makers = {
+        "nifti": NiftiLabelWriter,
+        "dicom-seg": lambda: DicomSegWriter(algorithm_name, algorithm_version),
+        "overlay": OverlayWriter,
+    }
+    return [makers[f]() for f in formats]

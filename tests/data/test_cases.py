@@ -1,0 +1,97 @@
+import logging
+import subprocess
+import sys
+
+import pytest
+from data_synthetic import make_affine, phantom, write_dicom_series, write_nifti
+
+from medvit.data.cases import list_cases
+from medvit.data.reader import read_volume
+from medvit.errors import MedvitError, NothingFound
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_dicom_series(tmp_path / "p1", phantom(), make_affine("oblique"), SeriesDescription="T1")
+    write_dicom_series(tmp_path / "p1", phantom(), make_affine(), prefix="ct", modality="CT", SeriesDescription="Head")
+    write_nifti(tmp_path / "p2" / "twin.nii.gz", phantom(), make_affine())
+    (tmp_path / "readme.txt").write_text("hello")
+    return tmp_path
+
+
+def test_lists_everything_by_name(folder):
+    cases = list_cases(folder)
+    assert [case["case"] for case in cases] == ["p1/3_Head", "p1/3_T1", "p2/twin"]
+    assert cases[2]["image"] == str(folder / "p2" / "twin.nii.gz")
+    assert len(cases[1]["image"]) == 5 and all(isinstance(file, str) for file in cases[1]["image"])
+    for case in cases:
+        assert read_volume(case["image"]).array.shape == (7, 6, 5)
+
+
+def test_other_modalities_are_skipped_with_a_line(folder, caplog):
+    with caplog.at_level(logging.INFO, "medvit"):
+        cases = list_cases(folder, ["mr"], key="t1")
+    assert [case["case"] for case in cases] == ["p1/3_T1", "p2/twin"] and set(cases[0]) == {"t1", "case"}
+    assert "p1/3_Head: skipped, its modality is CT and not MR" in caplog.text
+    assert "readme.txt: set aside (not-an-image)" in caplog.text
+
+
+def test_unknown_modality_is_not_guessed(tmp_path, caplog):
+    write_dicom_series(tmp_path, phantom(), make_affine(), Modality=None)
+    write_nifti(tmp_path / "x.nii", phantom(), make_affine())
+    assert [case["case"] for case in list_cases(tmp_path, ["MR"])] == ["x"]
+    assert "its modality is unknown and not MR" in caplog.text
+
+
+def test_broken_candidates_are_listed_so_that_they_fail(folder):
+    bad = folder / "p2" / "bad.nii.gz"
+    bad.write_bytes(b"junk")
+    cut = folder / "p2" / "cut.dcm"
+    cut.write_bytes(b"\0" * 128 + b"DICM" + b"\2\0\0\0UL\4\0")
+    for file in read_volume(list_cases(folder, ["MR"])[0]["image"]).source.files[2:3]:
+        file.unlink()
+    cases = {case["case"]: case["image"] for case in list_cases(folder, ["MR"])}
+    assert list(cases) == ["p1/3_T1", "p2/bad", "p2/cut", "p2/twin"]
+    for name in ("p1/3_T1", "p2/bad", "p2/cut"):
+        with pytest.raises(MedvitError):
+            read_volume(cases[name])
+
+
+def test_unreadable_files_are_warned_about(folder, caplog):
+    (folder / "zero.dcm").touch()
+    list_cases(folder)
+    assert "zero.dcm: set aside (unreadable): named like DICOM, but empty" in caplog.text
+
+
+def test_nothing_found_says_what_was_looked_for_and_what_is_there(folder, tmp_path):
+    with pytest.raises(NothingFound) as caught:
+        list_cases(folder / "p1", ["PT", "NM"])
+    message = str(caught.value)
+    assert message.startswith(f"{folder / 'p1'}: no DICOM series of modality NM or PT and no NIfTI file found")
+    assert "series of other modalities: CT, MR" in message
+    (tmp_path / "junk").mkdir()
+    with pytest.raises(NothingFound, match="there is: nothing at all"):
+        list_cases(tmp_path / "junk")
+    for n in range(5):
+        (tmp_path / "junk" / f"{n}.txt").write_text("x")
+    with pytest.raises(NothingFound, match=r"0\.txt: neither DICOM nor NIfTI; .*; and 2 more files that are no images"):
+        list_cases([tmp_path / "junk"])
+
+
+def test_the_log_names_no_patient(folder, caplog):
+    with caplog.at_level(logging.DEBUG):
+        list_cases(folder, ["MR"])
+    assert caplog.text and not any(secret in caplog.text for secret in ("Doe", "SECRET", "1970"))
+
+
+def test_importing_the_package_imports_neither_monai_nor_torch():
+    code = "import sys, medvit.data as d; d.discover; d.list_cases; assert not {'monai', 'torch'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_public_names():
+    import medvit.data
+
+    assert all(getattr(medvit.data, name) is not None for name in medvit.data.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = medvit.data.nonsense

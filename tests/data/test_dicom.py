@@ -1,0 +1,455 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from data_synthetic import ORIENTATIONS, make_affine, phantom, slice_dataset, write_dicom_series
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydicom.data import get_testdata_file
+from pydicom.encaps import encapsulate
+from pydicom.uid import JPEG2000Lossless, JPEGLosslessSV1, RLELossless
+
+from medvit.data.dicom import assemble, group_series, read_dicom
+from medvit.data.headers import NotAnImage, looks_like_dicom, read_header
+from medvit.data.space import LPS_TO_RAS
+from medvit.errors import UnreadableFile, UnreadableSeries
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+
+def bundled(name):
+    return Path(get_testdata_file(name, download=False))
+
+
+def refusal(files, name="s"):
+    with pytest.raises(UnreadableSeries) as caught:
+        read_dicom(files, name)
+    return caught.value.code, str(caught.value)
+
+
+def cut_end(path, cut):
+    """Cut ``cut`` bytes off the end of a file."""
+    path.write_bytes(path.read_bytes()[:-cut])
+
+
+@pytest.mark.parametrize("name", sorted(set(ORIENTATIONS) - {"reversed"}))
+def test_every_orientation_voxel_for_voxel(tmp_path, name):
+    array, affine = phantom(), make_affine(name)
+    files = write_dicom_series(tmp_path, array, affine)
+    volume = read_dicom(sorted(files), "p1/twin")
+    np.testing.assert_array_equal(volume.array, array)
+    np.testing.assert_allclose(volume.space.affine, affine, atol=2e-6)
+    assert volume.array.dtype == np.float32 and volume.notes == ()
+    first = pydicom.dcmread(files[0])
+    source = volume.source
+    assert (source.kind, source.modality, source.name, source.files) == ("dicom", "MR", "p1/twin", tuple(files))
+    assert (source.study_uid, source.series_uid) == (first.StudyInstanceUID, first.SeriesInstanceUID)
+    assert volume.space.frame_of_reference == first.FrameOfReferenceUID
+
+
+def test_a_left_handed_stack_is_turned_round(tmp_path):
+    array, affine = phantom(), make_affine("reversed")
+    files = write_dicom_series(tmp_path, array, affine)
+    volume = read_dicom(files)
+    np.testing.assert_array_equal(volume.array, array[:, :, ::-1])
+    assert volume.source.files == tuple(files[::-1]) and volume.space.orientation == "LPS"
+    np.testing.assert_allclose(volume.space.world((0, 0, 4)), affine[:3, 3], atol=1e-6)
+
+
+@settings(max_examples=15)
+@given(
+    st.sampled_from(sorted(set(ORIENTATIONS) - {"reversed"})),
+    st.tuples(*[st.integers(1, 6)] * 3),
+    st.sampled_from(["int16", "uint16", "int8", "uint8"]),
+    st.integers(0, 99),
+)
+def test_any_shape_and_integer_type(tmp_path_factory, name, shape, dtype, seed):
+    limits = np.iinfo(dtype)
+    array = np.random.default_rng(seed).integers(limits.min, limits.max, shape, dtype=dtype, endpoint=True)
+    volume = read_dicom(write_dicom_series(tmp_path_factory.mktemp("s"), array, make_affine(name)))
+    np.testing.assert_array_equal(volume.array, array)
+
+
+@pytest.mark.parametrize("name", ["axial", "oblique", "oblique-sagittal", "feet-first"])
+def test_agrees_with_simpleitk(tmp_path, name):
+    import SimpleITK as sitk
+
+    files = write_dicom_series(tmp_path, phantom((9, 8, 7)), make_affine(name), modality="CT")
+    volume = read_dicom(files)
+    image = sitk.ReadImage([str(file) for file in files])
+    np.testing.assert_array_equal(volume.array, sitk.GetArrayFromImage(image).transpose(2, 1, 0))
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+    affine[:3, 3] = image.GetOrigin()
+    np.testing.assert_allclose(volume.space.affine, LPS_TO_RAS @ affine, atol=1e-6)
+
+
+def test_ct_is_in_hounsfield_units(tmp_path):
+    array = phantom()
+    volume = read_dicom(write_dicom_series(tmp_path, array, make_affine(), modality="CT"))
+    np.testing.assert_array_equal(volume.array, array - 1024.0)
+
+
+def test_rescale_differs_from_slice_to_slice(tmp_path):
+    def edit(ds, k):
+        ds.RescaleSlope, ds.RescaleIntercept = [(1, 0), (0.0037, 0), (2.5, -10), (1, 7), (0.5, 0.25)][k]
+
+    array = phantom()
+    volume = read_dicom(write_dicom_series(tmp_path, array, make_affine(), modality="PT", edit=edit))
+    slopes, intercepts = np.array([1, 0.0037, 2.5, 1, 0.5]), np.array([0, 0, -10, 7, 0.25])
+    np.testing.assert_allclose(volume.array, array * slopes + intercepts, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("slope", "message"), [("0", "RescaleSlope is 0"), ("1e400", "RescaleSlope is inf")])
+def test_a_senseless_rescale_is_refused(tmp_path, slope, message):
+    files = write_dicom_series(tmp_path, phantom(), make_affine(), RescaleSlope=slope, RescaleIntercept="0")
+    with pytest.raises(UnreadableFile, match=message):
+        read_dicom(files)
+
+
+def test_modality_lut(tmp_path):
+    def edit(ds, k):
+        lut = pydicom.Dataset()
+        lut.add_new("LUTDescriptor", "US", [2000, 0, 16])
+        lut.add_new("LUTData", "OW", (np.arange(2000, dtype="<u2") * 3 + 5).tobytes())
+        ds.ModalityLUTSequence = [lut]
+
+    array = phantom().astype(np.uint16)
+    volume = read_dicom(write_dicom_series(tmp_path, array, make_affine(), edit=edit))
+    np.testing.assert_array_equal(volume.array, array * 3.0 + 5)
+
+
+def test_monochrome1_is_not_inverted(tmp_path):
+    array = phantom()
+    files = write_dicom_series(tmp_path, array, make_affine(), PhotometricInterpretation="MONOCHROME1")
+    np.testing.assert_array_equal(read_dicom(files).array, array)
+
+
+def test_rubbish_above_bits_stored_is_masked(tmp_path):
+    array = phantom().astype(np.uint16)
+    dirty = array | 0xF000
+    volume = read_dicom(write_dicom_series(tmp_path, dirty, make_affine(), BitsStored=12, HighBit=11))
+    np.testing.assert_array_equal(volume.array, array)
+
+
+ENCODINGS = [
+    *("MR_small_RLE", "MR_small_jp2klossless", "MR_small_jpeg_ls_lossless"),
+    *("MR_small_bigendian", "MR_small_implicit", "MR_small_expb", "MR_small_padded"),
+]
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_encodings_of_one_image_agree(name):
+    reference, volume = read_dicom([bundled("MR_small.dcm")]), read_dicom([bundled(f"{name}.dcm")])
+    np.testing.assert_array_equal(volume.array, reference.array)
+    assert volume.space == reference.space and volume.array.std() > 100
+    assert volume.notes == ("a single slice: its thickness of 0.8 mm stands for the distance between slices",)
+
+
+def test_a_file_without_preamble_and_meta_header(tmp_path):
+    array = phantom()
+    files = write_dicom_series(tmp_path, array, make_affine())
+    for file in files:
+        ds = pydicom.dcmread(file)
+        bare = pydicom.Dataset(dict(ds.items()))
+        bare.save_as(file, implicit_vr=True, little_endian=True, enforce_file_format=False)
+        assert file.read_bytes()[:2] == b"\x08\x00"
+    np.testing.assert_array_equal(read_dicom(files).array, array)
+
+
+def test_identical_copies_are_dropped_with_a_note(tmp_path):
+    array = phantom()
+    files = write_dicom_series(tmp_path, array, make_affine())
+    copy = shutil.copy(files[2], tmp_path / "a copy.dcm")
+    volume = read_dicom([*files, copy])
+    np.testing.assert_array_equal(volume.array, array)
+    assert len(volume.source.files) == 5
+    assert volume.notes[0].startswith("duplicates of other files ignored: 1 (")
+
+
+def test_the_same_uid_with_other_pixels_is_no_copy(tmp_path):
+    files = write_dicom_series(tmp_path, phantom(), make_affine())
+    ds = pydicom.dcmread(files[2])
+    ds.PixelData = bytes(len(ds.PixelData))
+    ds.save_as(tmp_path / "other.dcm")
+    code, message = refusal([*files, tmp_path / "other.dcm"])
+    assert code == "duplicate-positions" and "1 of 5 positions hold several" in message
+
+
+def test_one_instance_uid_on_all_slices_is_survived(tmp_path):
+    array = phantom()
+    files = write_dicom_series(tmp_path, array, make_affine(), SOPInstanceUID="1.2.3")
+    np.testing.assert_array_equal(read_dicom(files).array, array)
+
+
+def test_missing_slice_names_the_gap(tmp_path):
+    files = write_dicom_series(tmp_path, phantom(), make_affine())
+    code, message = refusal(files[:2] + files[3:], "p1/T1")
+    assert code == "missing-slice"
+    assert (
+        message.startswith("p1/T1: 1 of 5 slices are missing: slices are 2.5 mm apart") and "-57.5 and -52.5" in message
+    )
+
+
+def test_four_dimensional(tmp_path):
+    files = write_dicom_series(tmp_path / "a", phantom(), make_affine(), SeriesInstanceUID="1.2", StudyInstanceUID="1")
+    uid = pydicom.dcmread(files[0]).FrameOfReferenceUID
+    same = {"SeriesInstanceUID": "1.2", "StudyInstanceUID": "1", "FrameOfReferenceUID": uid}
+    more = write_dicom_series(tmp_path / "b", phantom(seed=1), make_affine(), **same)
+    code, message = refusal(files + more)
+    assert code == "four-dimensional" and "10 slices lie at 5 positions, 2 at each" in message
+
+
+def test_gantry_tilt(tmp_path):
+    affine = make_affine("axial", (0.5, 0.5, 5))
+    affine[1, 2] = 1.0
+    code, message = refusal(write_dicom_series(tmp_path, phantom(), affine))
+    assert code == "gantry-tilt" and "11.31 degrees" in message
+
+
+@pytest.mark.parametrize(
+    ("tags", "reason"),
+    [
+        ({"ImagePositionPatient": None}, "ImagePositionPatient is missing"),
+        ({"ImageOrientationPatient": None}, "ImageOrientationPatient is missing"),
+        ({"PixelSpacing": None}, "PixelSpacing is missing"),
+        ({"PixelSpacing": [0, 1]}, "PixelSpacing must be positive"),
+        ({"PixelSpacing": [1]}, "PixelSpacing needs 2 numbers, got 1"),
+        ({"ImageOrientationPatient": [1, 0, 0, 1, 0, 0]}, "two orthogonal unit vectors"),
+    ],
+)
+def test_geometry_is_never_invented(tmp_path, tags, reason):
+    code, message = refusal(write_dicom_series(tmp_path, phantom(), make_affine(), **tags))
+    assert code == "no-geometry" and reason in message and "and 4 more of 5 files" in message
+
+
+def test_text_instead_of_numbers(tmp_path):
+    files = write_dicom_series(tmp_path, phantom(), make_affine(), PixelSpacing=[1.25, 0.75])
+    for file in files:
+        data = file.read_bytes()
+        assert b"1.25\\0.75" in data
+        file.write_bytes(data.replace(b"1.25\\0.75", b"wide\\0.75"))
+    assert refusal(files)[0] == "no-geometry"
+
+
+def test_one_slice_without_geometry_spoils_its_series(tmp_path):
+    def edit(ds, k):
+        if k == 4:
+            del ds.ImagePositionPatient
+
+    files = write_dicom_series(tmp_path, phantom(), make_affine(), edit=edit)
+    code, message = refusal(files)  # without it four slices would look like a complete stack
+    assert code == "no-geometry" and f"{files[4].name} of 5 files" in message
+
+
+@pytest.mark.parametrize("cut", [1, 40])
+def test_pixels_cut_short(tmp_path, cut):
+    files = write_dicom_series(tmp_path, phantom(), make_affine())
+    cut_end(files[4], cut)
+    code, message = refusal(files)
+    assert code == "truncated"
+    assert f"{files[4].name} of 5 files: the file is cut short: {84 - cut} of 84 bytes of pixels are there" in message
+
+
+def test_header_cut_short_spoils_its_series(tmp_path):
+    files = write_dicom_series(tmp_path, phantom(), make_affine())
+    data = files[0].read_bytes()
+    files[0].write_bytes(data[: data.index(b"\x20\x00\x32\x00")])  # after the UIDs, before the position
+    code, message = refusal(files)
+    assert code == "truncated" and f"{files[0].name} of 5 files: the file ends before its pixels" in message
+
+
+def test_fewer_pixels_than_the_matrix_needs(tmp_path):
+    files = write_dicom_series(tmp_path, phantom(), make_affine(), Rows=600, Columns=700)
+    code, message = refusal(files)
+    assert code == "truncated" and "84 of 840000 bytes" in message
+
+
+def test_bundled_truncated_file():
+    code, message = refusal([bundled("MR_truncated.dcm")])
+    assert code == "truncated" and "8130 of 8192 bytes" in message
+
+
+def compressed(tmp_path, syntax, stream=b"\0" * 64, **tags):
+    def edit(ds, k):
+        ds.file_meta.TransferSyntaxUID = syntax
+        ds.PixelData = encapsulate([stream])
+        ds["PixelData"].is_undefined_length = True
+
+    return write_dicom_series(tmp_path, phantom(), make_affine(), edit=edit, **tags)
+
+
+def test_header_bomb(tmp_path):
+    files = compressed(tmp_path, RLELossless, Rows=65535, Columns=65535, BitsAllocated=32, BitsStored=32, HighBit=31)
+    code, message = refusal(files)
+    assert code == "truncated" and "promises 17179344900 bytes of pixels in a file of" in message
+
+
+def test_a_syntax_without_decoder_is_named(tmp_path):
+    files = compressed(tmp_path, JPEGLosslessSV1)
+    with pytest.raises(UnreadableFile) as caught:
+        read_dicom(files)
+    assert caught.value.path == files[0]
+    assert "JPEG Lossless" in str(caught.value) and "pylibjpeg-libjpeg" in str(caught.value)
+
+
+@pytest.mark.parametrize("syntax", [JPEG2000Lossless, RLELossless])
+def test_a_corrupt_stream_names_its_file(tmp_path, syntax):
+    files = compressed(tmp_path, syntax)
+    with pytest.raises(UnreadableFile, match="pixels cannot be decoded") as caught:
+        read_dicom(files)
+    assert str(caught.value).startswith(str(files[0])) and syntax.name in str(caught.value)
+
+
+def test_a_private_syntax_is_refused(tmp_path):
+    files = write_dicom_series(tmp_path, phantom(), make_affine())
+    for file in files:
+        data = file.read_bytes()
+        assert data.count(b"1.2.840.10008.1.2.1\0") == 1
+        file.write_bytes(data.replace(b"1.2.840.10008.1.2.1\0", b"1.2.999.10008.1.2.1\0"))
+    with pytest.raises(UnreadableFile, match=r"corrupt DICOM header|private transfer syntax"):
+        read_dicom(files)
+
+
+@pytest.mark.parametrize(
+    ("tags", "code", "words"),
+    [
+        ({"ImageType": ["ORIGINAL", "PRIMARY", "M", "MOSAIC"]}, "mosaic", "7 x 6 pixels hold many slices"),
+        ({"PhotometricInterpretation": "PALETTE COLOR"}, "colour", "colour image (PALETTE COLOR)"),
+        ({"NumberOfFrames": 2, "Rows": 3}, "multi-frame", "2 frames"),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.4.1"}, "multi-frame", "1 frames"),
+    ],
+)
+def test_kinds_of_image_that_are_no_slice(tmp_path, tags, code, words):
+    found, message = refusal(write_dicom_series(tmp_path, phantom(), make_affine(), **tags))
+    assert found == code and words in message
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("rtdose.dcm", "RT Dose Storage"),
+        ("reportsi.dcm", "Basic Text SR Storage"),
+        ("liver_1frame.dcm", "Segmentation Storage"),
+        ("dicomdirtests/DICOMDIR", "Media Storage Directory"),
+        ("ExplVR_LitEndNoMeta.dcm", "RT Ion Plan Storage"),
+    ],
+)
+def test_objects_that_are_no_images(name, kind):
+    path = bundled("MR_small.dcm").parent / name
+    with pytest.raises(NotAnImage, match=kind):
+        read_header(path)
+
+
+def test_files_that_are_not_dicom(tmp_path):
+    for content, message in ((b"", "the file is empty"), (b"hello" * 100, "not a DICOM file")):
+        path = tmp_path / "x.dcm"
+        path.write_bytes(content)
+        with pytest.raises(UnreadableFile, match=message):
+            read_header(path)
+    with pytest.raises(UnreadableFile, match="cannot be opened: No such file"):
+        read_header(tmp_path / "absent.dcm")
+
+
+@settings(max_examples=80)
+@given(st.integers(0, 2**32))
+def test_a_damaged_header_is_an_error_of_ours_or_still_a_header(tmp_path_factory, seed):
+    rng = np.random.default_rng(seed)
+    path = write_dicom_series(tmp_path_factory.mktemp("fuzz"), phantom((3, 3, 1)), make_affine())[0]
+    content = bytearray(path.read_bytes())
+    for _ in range(rng.integers(1, 9)):
+        content[rng.integers(132, len(content))] = rng.integers(256)
+    path.write_bytes(bytes(content[: rng.integers(140, len(content) + 1)] if rng.random() < 0.5 else content))
+    try:
+        header = read_header(path)
+        assert header.plane is not None or header.defect is not None
+        read_dicom([path])
+    except (UnreadableFile, UnreadableSeries):
+        pass
+
+
+def test_what_a_beginning_tells():
+    assert looks_like_dicom(b"\0" * 128 + b"DICM")
+    assert looks_like_dicom(b"\x08\x00\x05\x00CS" + b"\0" * 200)
+    assert not looks_like_dicom(b"\x08\x00 some text that begins oddly" + b" " * 200)
+    assert not looks_like_dicom(b"\x08\x00\x05\x00CS")
+
+
+def test_scouts_do_not_mix_with_their_series(tmp_path):
+    common = {"StudyInstanceUID": "1", "SeriesInstanceUID": "1.2", "FrameOfReferenceUID": "1.3"}
+    files = write_dicom_series(tmp_path, phantom(), make_affine(), **common)
+    scouts = [
+        *write_dicom_series(tmp_path, phantom((7, 6, 1)), make_affine("coronal"), prefix="A", **common),
+        *write_dicom_series(tmp_path, phantom((7, 6, 1)), make_affine(spacing=(0.9, 1.25, 2)), prefix="B", **common),
+        *write_dicom_series(tmp_path, phantom((9, 6, 1)), make_affine(), prefix="C", **common),
+        *write_dicom_series(
+            tmp_path,
+            phantom((7, 6, 1)),
+            make_affine(),
+            prefix="D",
+            ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"],
+            **common,
+        ),
+    ]
+    groups = group_series([read_header(file) for file in [*files, *scouts]])
+    assert sorted(len(group) for group in groups) == [1, 1, 1, 1, 5]
+    volume = assemble(max(groups, key=len), "s")
+    assert volume.files == tuple(files) and volume.problem is None
+    code, message = refusal([*files, *scouts])
+    assert code == "several-series" and 'series 3 "T1 test" (MR, 7 x 6)' in message
+
+
+def test_messages_hold_no_patient_data(tmp_path):
+    files = write_dicom_series(tmp_path, phantom(), make_affine())
+    for chosen in (files[:1] + files[2:4], [*files, *write_dicom_series(tmp_path / "b", phantom(), make_affine())]):
+        message = refusal(chosen)[1]
+        assert not any(secret in message for secret in ("Doe", "SECRET", "1970"))
+
+
+def test_no_files():
+    with pytest.raises(UnreadableSeries, match="at least one file is needed"):
+        read_dicom([])
+
+
+def test_slices_of_a_series_are_read_once_each(tmp_path):
+    files = write_dicom_series(tmp_path, phantom(), make_affine())
+    assert read_dicom([*files, *files]).notes == ()
+
+
+def test_slice_dataset_has_the_stated_layout():
+    image = np.arange(6, dtype=np.int16).reshape(3, 2)  # 3 columns, 2 rows
+    ds = slice_dataset(image)
+    assert (ds.Rows, ds.Columns) == (2, 3)
+    np.testing.assert_array_equal(ds.pixel_array, image.T)
+
+
+REAL = {
+    "classic_ge_dwi": "four-dimensional",
+    "classic_siemens_dwi": "four-dimensional",
+    "ct_gantry_tilt": "gantry-tilt",
+    "ct_uneven_slices": "missing-slice",
+    "enhanced_philips_dwi": "multi-frame",
+    "enhanced_siemens_xa30": "multi-frame",
+    "mosaic_siemens_jpeg": "mosaic",
+    "mosaic_uih": "mosaic",
+    "mr_hitachi": None,
+    "mr_jpeg2000": None,
+}
+
+
+@pytest.mark.skipif(not (SHARED / "dicom_scanner").is_dir(), reason="the shared scanner series are not here")
+@pytest.mark.parametrize(("folder", "code"), REAL.items())
+def test_real_scanner_series(folder, code):
+    import SimpleITK as sitk
+
+    files = sorted((SHARED / "dicom_scanner" / folder).iterdir())
+    if code is not None:
+        assert refusal(files)[0] == code
+        return
+    volume = read_dicom(files)
+    image = sitk.ReadImage([str(file) for file in volume.source.files])
+    np.testing.assert_array_equal(volume.array, sitk.GetArrayFromImage(image).transpose(2, 1, 0))
+    last = image.TransformIndexToPhysicalPoint([n - 1 for n in image.GetSize()])
+    np.testing.assert_allclose(volume.space.world(np.array(volume.space.shape) - 1) * (-1, -1, 1), last, atol=5e-3)

@@ -1,0 +1,137 @@
+import logging
+
+import numpy as np
+import pytest
+from data_synthetic import make_affine, phantom, write_dicom_series, write_nifti
+
+from medvit.data.reader import VolumeReader, read_volume
+from medvit.errors import MedvitError, NothingFound, UnreadableSeries
+
+# MONAI warns about optional packages of its own when LoadImage is built
+pytestmark = pytest.mark.filterwarnings("ignore:NvImgCodecPydicomReader:UserWarning")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_dicom_series(tmp_path / "mr", phantom(), make_affine("oblique"))
+    write_nifti(tmp_path / "twin.nii.gz", phantom(), make_affine("oblique"))
+    return tmp_path
+
+
+def load(image):
+    from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged
+
+    pipeline = Compose([LoadImaged("image", reader=VolumeReader()), EnsureChannelFirstd("image")])
+    return pipeline({"image": image})["image"]
+
+
+def test_array_and_meta_of_a_dicom_series(folder):
+    files = sorted((folder / "mr").iterdir())
+    reader = VolumeReader()
+    array, meta = reader.get_data(reader.read([str(file) for file in files]))
+    np.testing.assert_array_equal(array, phantom())
+    np.testing.assert_allclose(meta["affine"], make_affine("oblique"), atol=2e-6)
+    np.testing.assert_array_equal(meta["original_affine"], meta["affine"])
+    assert meta["spatial_shape"].tolist() == [7, 6, 5]
+    assert (meta["space"], meta["original_channel_dim"], meta["filename_or_obj"]) == (
+        "RAS",
+        "no_channel",
+        str(files[0]),
+    )
+    assert (meta["medvit_kind"], meta["modality"], meta["medvit_notes"]) == ("dicom", "MR", "")
+    assert meta["frame_of_reference"] == read_volume(files).space.frame_of_reference
+    assert all(isinstance(meta[name], str) for name in ("study_uid", "series_uid", "frame_of_reference"))
+
+
+def test_a_nifti_file_has_no_frame_of_reference(folder):
+    reader = VolumeReader()
+    array, meta = reader.get_data(reader.read(folder / "twin.nii.gz"))
+    np.testing.assert_array_equal(array, phantom())
+    assert "frame_of_reference" not in meta
+    assert (meta["medvit_kind"], meta["modality"], meta["study_uid"]) == ("nifti", "", "")
+
+
+def test_through_load_imaged(folder):
+    files = [str(file) for file in sorted((folder / "mr").iterdir())]
+    for image in (files, str(folder / "twin.nii.gz"), folder / "twin.nii.gz", str(folder / "mr")):
+        tensor = load(image)
+        assert tensor.shape == (1, 7, 6, 5)
+        np.testing.assert_array_equal(tensor[0], phantom())
+        np.testing.assert_allclose(tensor.affine, make_affine("oblique"), atol=1e-5)
+        assert tensor.meta["original_channel_dim"] == "no_channel"
+
+
+def test_orientation_is_right_for_monai(folder):
+    from monai.transforms import Orientation
+
+    from medvit.data.space import Space
+
+    tensor = load(str(folder / "twin.nii.gz"))
+    upright = Orientation("RAS", labels=(("L", "R"), ("P", "A"), ("I", "S")))(tensor)
+    assert Space.from_affine(upright.shape[1:], upright.affine.numpy()).orientation == "RAS"
+    np.testing.assert_array_equal(upright[0], phantom()[::-1, ::-1, :])
+
+
+def test_a_refused_series_does_not_fall_through_to_monais_readers(folder):
+    files = sorted((folder / "mr").iterdir())
+    lost = next(file for file in read_volume(files).source.files[2:3])
+    lost.unlink()
+    with pytest.raises(RuntimeError) as caught:
+        load([str(file) for file in files if file != lost])
+    causes = []
+    error = caught.value
+    while error is not None:
+        causes.append(error)
+        error = error.__cause__
+    assert [error.code for error in causes if isinstance(error, MedvitError)] == ["missing-slice"]
+
+
+def test_read_never_raises():
+    assert VolumeReader().read(["/no/such/file"]) and VolumeReader().verify_suffix("anything")
+    with pytest.raises(NothingFound, match="/no/such/file: no such file or folder"):
+        VolumeReader().get_data(VolumeReader().read("/no/such/file"))
+
+
+def test_one_dicom_file(folder):
+    volume = read_volume(next((folder / "mr").iterdir()))
+    assert volume.array.shape == (7, 6, 1) and "single slice" in volume.notes[0]
+
+
+def test_dicom_named_like_nifti(folder):
+    files = sorted((folder / "mr").iterdir())
+    renamed = [file.rename(file.with_suffix(".nii")) for file in files]
+    np.testing.assert_array_equal(read_volume(renamed).array, phantom())
+
+
+def test_a_folder_must_hold_one_usable_series(folder, tmp_path):
+    with pytest.raises(UnreadableSeries, match=r"holds 2: mr/3_T1_test, twin; give one of them") as caught:
+        read_volume(folder)
+    assert caught.value.code == "several-series"
+    write_nifti(folder / "four.nii", np.zeros((2, 2, 2, 2), np.uint8), make_affine())
+    (folder / "twin.nii.gz").unlink()
+    np.testing.assert_array_equal(read_volume(folder).array, phantom())  # the unusable one does not count
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(NothingFound, match="no DICOM series or NIfTI file that makes a 3D volume"):
+        read_volume(empty)
+    write_nifti(empty / "a.nii", np.zeros((2, 2, 2, 2), np.uint8), make_affine())
+    with pytest.raises(UnreadableSeries, match="one 3D volume is needed"):
+        read_volume(empty)
+    (empty / "b.nii").write_bytes(b"")
+    with pytest.raises(NothingFound, match=r"2 were found, none of them usable: .*one 3D volume is needed"):
+        read_volume(empty)
+
+
+def test_several_nifti_files_are_not_stacked(folder):
+    with pytest.raises(UnreadableSeries, match="2 files came together"):
+        read_volume([folder / "twin.nii.gz"] * 2)
+
+
+def test_notes_are_logged(tmp_path, caplog):
+    array = phantom().astype(np.float32)
+    array[0, 0, 0] = np.nan
+    path = write_nifti(tmp_path / "x.nii", array, make_affine())
+    with caplog.at_level(logging.WARNING, "medvit"):
+        _, meta = VolumeReader().get_data([path])
+    assert meta["medvit_notes"] == "1 of 210 voxels were NaN or infinite and count as 0"
+    assert meta["medvit_notes"] in caplog.text and str(path) in caplog.text

@@ -1,0 +1,238 @@
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from data_synthetic import make_affine, phantom, write_dicom_series, write_nifti
+from pydicom.data import get_testdata_file
+
+from medvit.data.study import discover
+from medvit.errors import NothingFound, UnreadableFile, UnreadableSeries
+
+BUNDLED = Path(get_testdata_file("MR_small.dcm", download=False)).parent
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Two patients; the same image as DICOM and NIfTI; a scout, a report, junk."""
+    array = phantom()
+    write_dicom_series(tmp_path / "p1" / "mr", array, make_affine("oblique"))
+    write_nifti(tmp_path / "p1" / "twin.nii.gz", array, make_affine("oblique"))
+    write_dicom_series(
+        tmp_path / "p2", array, make_affine("sagittal"), modality="CT", SeriesDescription="Ax/ial  Ü 3.0"
+    )
+    scout = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+    write_dicom_series(tmp_path / "p2", phantom((7, 6, 1)), make_affine(), prefix="scout", ImageType=scout)
+    shutil.copy(BUNDLED / "reportsi.dcm", tmp_path / "p2")
+    (tmp_path / "notes.txt").write_text("nothing")
+    return tmp_path
+
+
+def test_finds_every_series_and_names_the_rest(tree):
+    counts = []
+    inventory = discover(tree, progress=counts.append)
+    assert [one.name for one in inventory.series] == ["p1/mr/3_T1_test", "p1/twin", "p2/3_Ax_ial_Ü_3.0"]
+    assert [(one.kind, one.modality, len(one.files)) for one in inventory.series] == [
+        ("dicom", "MR", 5),
+        ("nifti", "", 1),
+        ("dicom", "CT", 5),
+    ]
+    assert all(one.problem is None and one.notes == () for one in inventory.series)
+    assert [(aside.path.name, aside.code) for aside in inventory.set_aside] == [
+        ("notes.txt", "not-an-image"),
+        ("reportsi.dcm", "not-an-image"),
+        ("scout0000.dcm", "localizer"),
+    ]
+    assert counts == list(range(1, 15))
+
+
+def test_headers_tell_the_space_that_reading_gives(tree):
+    for one in discover(tree).series:
+        volume = one.read()
+        assert volume.space == one.space and volume.source.files == one.files and volume.source.name == one.name
+        assert (volume.source.study_uid, volume.source.series_uid) == (one.study_uid, one.series_uid)
+
+
+def test_twins_of_two_formats_lie_on_one_grid(tree):
+    dicom, nifti = (one.read() for one in discover(tree / "p1").series)
+    dicom.space.require_same(nifti.space)
+    np.testing.assert_array_equal(dicom.array, nifti.array)
+
+
+def test_pixels_are_not_read(tree, monkeypatch):
+    def forbidden(*args, **kwargs):
+        raise AssertionError("pixels were read")
+
+    monkeypatch.setattr(pydicom.FileDataset, "pixel_array", property(forbidden))
+    monkeypatch.setattr("nibabel.arrayproxy.ArrayProxy.__array__", forbidden)
+    assert len(discover(tree).series) == 3
+
+
+def test_is_deterministic(tree):
+    assert discover(tree) == discover(tree)
+
+
+def test_several_inputs_files_and_overlaps(tree):
+    names = [one.name for one in discover([tree / "p1" / "twin.nii.gz", tree / "p1", tree / "p1"]).series]
+    assert names == ["mr/3_T1_test", "twin"]
+    one_file = discover(str(tree / "p1" / "twin.nii.gz")).series
+    assert [one.name for one in one_file] == ["twin"]
+
+
+def test_equal_names_are_numbered(tmp_path):
+    for name in ("a.nii", "a.nii.gz", "A.nii.gz", "a_2.nii"):
+        write_nifti(tmp_path / name, phantom(), make_affine())
+    names = [one.name for one in discover(tmp_path).series]
+    assert len({name.lower() for name in names}) == 4 and "a_2" in names
+    write_dicom_series(tmp_path / "d", phantom(), make_affine(), prefix="x")
+    write_dicom_series(tmp_path / "d", phantom(), make_affine(), prefix="y")
+    assert [one.name for one in discover(tmp_path / "d").series] == ["3_T1_test", "3_T1_test_2"]
+
+
+def test_problems_carry_the_unique_name(tmp_path):
+    for prefix in "xy":
+        files = write_dicom_series(tmp_path / "d", phantom(), make_affine(), prefix=prefix)
+        files[2].unlink()
+    first, second = discover(tmp_path).series
+    assert str(first.problem).startswith("d/3_T1_test: ") and str(second.problem).startswith("d/3_T1_test_2: ")
+
+
+def test_a_missing_path():
+    with pytest.raises(NothingFound, match="/no/such/place: no such file or folder"):
+        discover("/no/such/place")
+
+
+def test_an_empty_folder_is_an_empty_inventory(tmp_path):
+    assert discover(tmp_path) == discover([tmp_path, tmp_path])
+    assert discover(tmp_path).series == () and discover(tmp_path).set_aside == ()
+
+
+def test_content_decides_not_the_name(tmp_path):
+    array = phantom()
+    for file in write_dicom_series(tmp_path, array, make_affine()):
+        file.rename(file.with_suffix(".nii"))
+    (one,) = discover(tmp_path).series
+    assert one.kind == "dicom"
+    np.testing.assert_array_equal(one.read().array, array)
+
+
+def test_names_hold_no_patient_data(tmp_path):
+    write_dicom_series(tmp_path, phantom(), make_affine(), SeriesDescription="", SeriesNumber=None, Modality="")
+    (one,) = discover(tmp_path).series
+    assert one.name == "series"
+
+
+def test_symbolic_link_loops_and_dead_links(tmp_path):
+    write_nifti(tmp_path / "a" / "x.nii", phantom(), make_affine())
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "dead.nii").symlink_to(tmp_path / "nowhere")
+    inventory = discover(tmp_path)
+    assert [one.name for one in inventory.series] == ["a/x"]
+    assert [(aside.path.name, aside.code) for aside in inventory.set_aside] == [("dead.nii", "unreadable")]
+
+
+def test_pipes_do_not_block(tmp_path):
+    os.mkfifo(tmp_path / "pipe.dcm")
+    assert discover(tmp_path).set_aside[0].reason == "not a regular file"
+
+
+def test_a_closed_folder_is_named(tmp_path, monkeypatch):
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(closed))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    (aside,) = discover(tmp_path).set_aside
+    assert (aside.path, aside.code, aside.reason) == (closed, "unreadable", "the folder cannot be listed")
+
+
+def test_files_of_operating_systems(tmp_path):
+    for name in ("._x.nii.gz", ".DS_Store", "Thumbs.db"):
+        (tmp_path / name).write_bytes(b"\0\5\x16\7")
+    inventory = discover(tmp_path)
+    assert inventory.series == () and {aside.code for aside in inventory.set_aside} == {"not-an-image"}
+
+
+def test_a_broken_nifti_is_a_candidate_with_a_problem(tmp_path):
+    write_nifti(tmp_path / "good.nii.gz", phantom(), make_affine())
+    (tmp_path / "bad.nii.gz").write_bytes(b"junk")
+    bad, good = discover(tmp_path).series
+    assert good.problem is None and isinstance(bad.problem, UnreadableFile)
+    with pytest.raises(UnreadableFile, match=r"bad\.nii\.gz: not a readable NIfTI"):
+        bad.read()
+
+
+def test_a_dicom_file_without_a_readable_header_is_a_candidate_with_a_problem(tmp_path):
+    write_dicom_series(tmp_path, phantom(), make_affine())
+    (tmp_path / "cut.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"\2\0\0\0UL\4\0")
+    good, bad = discover(tmp_path).series
+    assert bad.name == "cut" and isinstance(bad.problem, UnreadableFile)
+    assert good.problem is None
+    assert good.notes == ("unreadable files beside it: 1; a first or last slice may be missing",)
+
+
+def test_an_empty_dicom_file_is_set_aside_and_its_neighbours_say_so(tmp_path):
+    write_dicom_series(tmp_path, phantom(), make_affine())
+    (tmp_path / "zero.dcm").touch()
+    inventory = discover(tmp_path)
+    assert inventory.set_aside[0].code == "unreadable"
+    assert inventory.series[0].notes == ("unreadable files beside it: 1; a first or last slice may be missing",)
+    assert inventory.series[0].read().notes == inventory.series[0].notes
+
+
+def test_a_truncated_slice_spoils_its_series_only(tmp_path):
+    files = write_dicom_series(tmp_path / "a", phantom(), make_affine())
+    write_dicom_series(tmp_path / "b", phantom(), make_affine())
+    files[4].write_bytes(files[4].read_bytes()[:-10])
+    a, b = discover(tmp_path).series
+    assert b.problem is None and a.problem is not None and a.problem.code == "truncated"
+    assert a.files == tuple(sorted(files)) and a.space is None
+    with pytest.raises(UnreadableSeries, match=files[4].name):
+        a.read()
+
+
+def test_copies_in_two_folders_make_one_series(tmp_path):
+    write_dicom_series(tmp_path / "a", phantom(), make_affine())
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (one,) = discover(tmp_path).series
+    assert len(one.files) == 5 and one.name == "3_T1_test"
+    assert one.notes[0].startswith("duplicates of other files ignored: 5 (")
+
+
+def test_without_series_uid_a_folder_is_a_series(tmp_path):
+    for name in "ab":
+        write_dicom_series(tmp_path / name, phantom(), make_affine(), SeriesInstanceUID=None, StudyInstanceUID=None)
+    series = discover(tmp_path).series
+    assert [(one.name, len(one.files)) for one in series] == [("a/3_T1_test", 5), ("b/3_T1_test", 5)]
+    assert series[0].notes == ("no SeriesInstanceUID: the files of its folder were taken together",)
+
+
+def test_an_image_file_of_a_pair_is_not_a_second_image(tmp_path):
+    import nibabel
+
+    nibabel.Nifti1Pair(phantom(), make_affine()).to_filename(tmp_path / "x.img")
+    inventory = discover(tmp_path)
+    assert [one.name for one in inventory.series] == ["x"]
+    assert inventory.set_aside[0].reason == "the voxels of x.hdr"
+
+
+def test_pydicoms_own_zoo():
+    inventory = discover(BUNDLED)
+    assert all(one.space is not None or one.problem is not None for one in inventory.series)
+    names = {one.name for one in inventory.series}
+    assert len(names) == len(inventory.series)
+    heart = next(one for one in inventory.series if "SmartScore" in one.name)
+    assert heart.problem is None and heart.space.shape == (16, 16, 5) and heart.space.spacing[2] == pytest.approx(2.5)
+    brain = next(one for one in inventory.series if "Routine_Brain" in one.name)
+    assert brain.problem.code == "missing-slice"
+    usable = [one for one in inventory.series if one.problem is None]
+    assert len(usable) >= 10
+    for one in usable:
+        assert one.read().array.shape == one.space.shape

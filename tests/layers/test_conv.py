@@ -1,0 +1,96 @@
+"""Convolution blocks of the UNETR family against MONAI's, with copied weights."""
+
+import re
+
+import pytest
+import torch
+
+from medvit.layers.conv import ResidualBlock, UpBlock, image_norm
+
+
+def randomised(module, seed=0):
+    """The module in evaluation mode with weights and running statistics of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in module.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.add_(0.1 * torch.rand(tensor.shape, generator=generator))
+    return module.eval()
+
+
+def monais_residual(key):
+    """MONAI's name of a residual block's tensor."""
+    key = re.sub(r"^(conv\d)\.", r"\1.conv.", key)
+    return key.replace("shortcut.0.", "conv3.conv.").replace("shortcut.1.", "norm3.")
+
+
+@pytest.mark.upstream
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+@pytest.mark.parametrize("widths", [(4, 4), (3, 6)])
+@pytest.mark.parametrize("spatial", [(7, 9), (4, 5, 6)])
+def test_a_residual_block_is_monais(spatial, widths, norm):
+    from monai.networks.blocks.dynunet_block import UnetResBlock
+
+    ours = randomised(ResidualBlock(len(spatial), *widths, norm))
+    monai = UnetResBlock(len(spatial), *widths, kernel_size=3, stride=1, norm_name=norm).eval()
+    monai.load_state_dict({monais_residual(k): v for k, v in ours.state_dict().items()})
+    x = torch.randn(2, widths[0], *spatial)
+    torch.testing.assert_close(ours(x), monai(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.upstream
+@pytest.mark.parametrize("spatial", [(3, 5), (3, 2, 4)])
+def test_an_up_block_is_monais(spatial):
+    from monai.networks.blocks import UnetrUpBlock
+
+    ours = randomised(UpBlock(len(spatial), 8, 4))
+    monai = UnetrUpBlock(len(spatial), 8, 4, 3, 2, "instance", res_block=True).eval()
+    monai.load_state_dict(
+        {
+            "conv_block." + monais_residual(k[6:]) if k.startswith("block.") else "transp_conv.conv.weight": v
+            for k, v in ours.state_dict().items()
+        }
+    )
+    x, skip = torch.randn(2, 8, *spatial), torch.randn(2, 4, *[2 * n for n in spatial])
+    torch.testing.assert_close(ours(x, skip), monai(x, skip), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("widths", [(4, 4), (3, 6)])
+def test_one_slice_in_3d_is_2d_with_the_middle_of_the_kernels(widths):
+    flat, deep = randomised(ResidualBlock(2, *widths)), randomised(ResidualBlock(3, *widths), seed=1)
+    with torch.no_grad():
+        for key, kernel in flat.state_dict().items():
+            middle = deep.state_dict()[key].shape[2] // 2
+            deep.state_dict()[key][:, :, middle] = kernel  # what lies beyond the only slice is zero padding
+    x = torch.randn(2, widths[0], 7, 9)
+    torch.testing.assert_close(deep(x[:, :, None]), flat(x)[:, :, None], rtol=0, atol=1e-5)
+
+
+def test_upsampling_may_differ_by_axis():
+    block = UpBlock(3, 8, 4, scale=(1, 2, 4))
+    assert block(torch.randn(1, 8, 3, 3, 3), torch.randn(1, 4, 3, 6, 12)).shape == (1, 4, 3, 6, 12)
+
+
+def test_the_skip_comes_after_what_was_upsampled():
+    block = UpBlock(2, 2, 1)
+    seen = []
+    block.block.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    x, skip = torch.randn(1, 2, 3, 3), torch.randn(1, 1, 6, 6)
+    block(x, skip)
+    assert torch.equal(seen[0], torch.cat([block.up(x), skip], 1))
+
+
+def test_instance_norm_has_no_weights_and_batch_norm_has():
+    assert not image_norm(2, 4, "instance").state_dict()
+    assert set(image_norm(2, 4, "batch").state_dict()) == {
+        "weight", "bias", "running_mean", "running_var", "num_batches_tracked",
+    }  # fmt: skip
+    x = torch.randn(2, 4, 9, 9) * 3 + 5
+    out = image_norm(2, 4, "instance")(x)
+    expected = (x - x.mean((2, 3), keepdim=True)) / (x.var((2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+
+
+def test_another_norm_is_refused():
+    with pytest.raises(ValueError, match=r"^norm must be one of \['batch', 'instance'\], got 'layer'$"):
+        ResidualBlock(2, 4, 4, "layer")
