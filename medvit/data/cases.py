@@ -14,7 +14,10 @@ _log = logging.getLogger("medvit")
 
 
 def list_cases(
-    dataset_dir: str | Path | Sequence[str | Path], modalities: Sequence[str] = (), key: str = "image"
+    dataset_dir: str | Path | Sequence[str | Path],
+    modalities: Sequence[str] = (),
+    key: str = "image",
+    exclude: str | Path | None = None,
 ) -> list[dict[str, Any]]:
     """Every candidate image below ``dataset_dir``, one dictionary each, sorted by name.
 
@@ -26,6 +29,7 @@ def list_cases(
         modalities: DICOM modalities to take, such as ``["MR"]``; empty takes all. NIfTI files do not say and are
             always taken.
         key: of the image in each dictionary.
+        exclude: a folder that is not entered: give the output folder, lest results of an earlier run become inputs.
 
     Returns:
         ``[{key: path or list of paths (str), "case": name}, ...]``.
@@ -33,7 +37,7 @@ def list_cases(
     Raises:
         NothingFound: no such folder, or no candidate in it.
     """
-    inventory = discover(dataset_dir)
+    inventory = discover(dataset_dir, exclude=exclude)
     wanted = {modality.upper() for modality in modalities}
     chosen = [one for one in inventory.series if _is_wanted(one, wanted)]
     if not chosen:

@@ -21,21 +21,30 @@ def labelled_cases(dataset_dir: str | Path, split: str) -> list[dict[str, str]]:
         ``{"image": path, "label": path, "case": case_id}`` per case, in the order of the table.
 
     Raises:
-        NothingFound: no table, a column that lacks, or no case in that split.
+        NothingFound: no table, a column that lacks, no case in that split, or a file of one that is not there.
     """
     table = Path(dataset_dir) / "cases.csv"
     if not table.is_file():
-        raise NothingFound(f"{table}: no such table; dataset_dir must hold a cases.csv with columns {', '.join(_COLUMNS)}")
-    with table.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    lacking = [c for c in _COLUMNS if rows and c not in rows[0]]
-    if lacking:
-        raise NothingFound(f"{table}: lacks the columns {', '.join(lacking)}")
+        raise NothingFound(
+            f"{table}: no such table; dataset_dir must hold a cases.csv with columns {', '.join(_COLUMNS)}"
+        )
+    with table.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets put a byte order mark in front
+        reader = csv.DictReader(file, restval="")
+        rows = list(reader)
+    if lacking := [column for column in _COLUMNS if column not in (reader.fieldnames or ())]:
+        raise NothingFound(f"{table}: lacks the columns {', '.join(lacking)}; it must have {', '.join(_COLUMNS)}")
     chosen = [row for row in rows if row["split"] == split]
     if not chosen:
-        found = sorted({row["split"] for row in rows})
-        raise NothingFound(f"{table}: no case in split {split!r}; the table has {found or 'no rows'}")
+        found = ", ".join(sorted({repr(row["split"]) for row in rows})) or "no rows"
+        raise NothingFound(f"{table}: no case in split {split!r}; the table has {found}")
     folder = table.parent
+    for row in chosen:
+        for column in ("image", "label"):
+            if not (folder / row[column]).is_file():
+                raise NothingFound(
+                    f"{folder / row[column]}: no such file, but {table} names it as {column} of {row['case_id']}"
+                )
     return [
-        {"image": str(folder / row["image"]), "label": str(folder / row["label"]), "case": row["case_id"]} for row in chosen
+        {"image": str(folder / row["image"]), "label": str(folder / row["label"]), "case": row["case_id"]}
+        for row in chosen
     ]

@@ -19,47 +19,38 @@ from medvit.errors import MedvitError, UnreadableFile
 # Storage classes whose objects are images of a patient. Everything else (reports, segmentations, structures, dose,
 # presentation states, raw data) is set aside, however much it may look like pixels.
 _CLASS = "1.2.840.10008.5.1.4.1.1."
+_CR_DX = "1 1.1 1.1.1 1.2 1.2.1 1.3 1.3.1"  # with mammography and intra-oral
+_TOMOGRAPHIC = "2 2.1 2.2 4 4.1 4.3 4.4 128 128.1 130 20"  # CT, MR, PET, NM
+_ULTRASOUND_CAPTURE = "3.1 6.1 6.2 7 7.1 7.2 7.3 7.4"
+_ANGIOGRAPHIC = "12.1 12.1.1 12.2 12.2.1 13.1.1 13.1.2 13.1.3"  # with fluoroscopy and tomosynthesis
+_VISIBLE_LIGHT = "77.1.1 77.1.2 77.1.4 77.1.5.1 77.1.5.2 77.1.5.4 77.1.6 481.1"  # with OCT and RT image
 IMAGE_CLASSES = frozenset(
     _CLASS + tail
-    for tail in (
-        *("1", "1.1", "1.1.1", "1.2", "1.2.1", "1.3", "1.3.1"),  # CR, DX, mammography, intra-oral
-        *("2", "2.1", "2.2", "4", "4.1", "4.3", "4.4", "128", "128.1", "130", "20"),  # CT, MR, PET, NM
-        *("3.1", "6.1", "6.2", "7", "7.1", "7.2", "7.3", "7.4"),  # ultrasound, secondary capture
-        *("12.1", "12.1.1", "12.2", "12.2.1", "13.1.1", "13.1.2", "13.1.3"),  # angiography, fluoroscopy, tomosynthesis
-        *(
-            "77.1.1",
-            "77.1.2",
-            "77.1.4",
-            "77.1.5.1",
-            "77.1.5.2",
-            "77.1.5.4",
-            "77.1.6",
-            "481.1",
-        ),  # visible light, OCT, RT image
-    )
+    for family in (_CR_DX, _TOMOGRAPHIC, _ULTRASOUND_CAPTURE, _ANGIOGRAPHIC, _VISIBLE_LIGHT)
+    for tail in family.split()
 )
 
-_TAGS = (
-    *(
-        "SOPClassUID",
-        "SOPInstanceUID",
-        "StudyInstanceUID",
-        "SeriesInstanceUID",
-        "FrameOfReferenceUID",
-        "Modality",
-        "ImageType",
-    ),
-    *(
-        "SeriesNumber",
-        "SeriesDescription",
-        "Rows",
-        "Columns",
-        "NumberOfFrames",
-        "SamplesPerPixel",
-        "PhotometricInterpretation",
-    ),
-    *("BitsAllocated", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness"),
-)
+_TAGS = [
+    "SOPClassUID",
+    "SOPInstanceUID",
+    "StudyInstanceUID",
+    "SeriesInstanceUID",
+    "FrameOfReferenceUID",
+    "Modality",
+    "ImageType",
+    "SeriesNumber",
+    "SeriesDescription",
+    "Rows",
+    "Columns",
+    "NumberOfFrames",
+    "SamplesPerPixel",
+    "PhotometricInterpretation",
+    "BitsAllocated",
+    "ImagePositionPatient",
+    "ImageOrientationPatient",
+    "PixelSpacing",
+    "SliceThickness",
+]
 
 _PIXEL_TAGS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
 _UNDEFINED_LENGTH = 0xFFFFFFFF

@@ -26,7 +26,7 @@ class Space:
             UIDs are not comparable, whatever their numbers say.
 
     Raises:
-        ValueError: a shape that is not three positive integers, or an affine that is not finite, not affine or singular.
+        ValueError: a shape that is not three positive integers, or a matrix that is not finite, not affine or singular.
     """
 
     shape: tuple[int, int, int]
@@ -62,7 +62,7 @@ class Space:
     @property
     def lps_affine(self) -> np.ndarray:
         """The same map in DICOM's patient coordinates (LPS+ mm)."""
-        return LPS_TO_RAS @ self.affine
+        return np.asarray(LPS_TO_RAS @ self.affine)
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -91,11 +91,11 @@ class Space:
 
     def world(self, voxels: np.ndarray) -> np.ndarray:
         """Voxel coordinates ``(..., 3)`` to RAS+ mm ``(..., 3)``."""
-        return np.asarray(voxels) @ self.affine[:3, :3].T + self.affine[:3, 3]
+        return np.asarray(np.asarray(voxels) @ self.affine[:3, :3].T + self.affine[:3, 3])
 
     def voxels_of(self, world: np.ndarray) -> np.ndarray:
         """RAS+ mm ``(..., 3)`` to fractional voxel coordinates ``(..., 3)``."""
-        return (np.asarray(world) - self.affine[:3, 3]) @ np.linalg.inv(self.affine[:3, :3]).T
+        return np.asarray((np.asarray(world) - self.affine[:3, 3]) @ np.linalg.inv(self.affine[:3, :3]).T)
 
     def distance_to(self, other: Space) -> float:
         """Largest distance in mm between equally numbered corner voxels of two grids; infinite if shapes differ."""
@@ -105,12 +105,18 @@ class Space:
         return float(np.linalg.norm(self.world(corners) - other.world(corners), axis=1).max())
 
     def require_same(self, other: Space, *, tolerance: float = 1e-3, what: str = "the two images") -> None:
-        """Raise :class:`SpaceMismatch` unless shapes agree, corners lie within ``tolerance`` mm and known frames are equal."""
+        """Check that shapes agree, corners lie within ``tolerance`` mm, and known frames of reference are equal.
+
+        Raises:
+            SpaceMismatch: they do not; ``what`` names the two.
+        """
         if self.shape != other.shape:
             raise SpaceMismatch(f"{what} must share one grid, but have shapes {self.shape} and {other.shape}")
         distance = self.distance_to(other)
         if not distance <= tolerance:
-            raise SpaceMismatch(f"{what} must share one grid within {tolerance} mm, but corners are {distance:.4g} mm apart")
+            raise SpaceMismatch(
+                f"{what} must share one grid within {tolerance} mm, but corners are {distance:.4g} mm apart"
+            )
         mine, theirs = self.frame_of_reference, other.frame_of_reference
         if mine and theirs and mine != theirs:
             raise SpaceMismatch(f"{what} lie in different frames of reference: {mine} and {theirs}")

@@ -81,7 +81,12 @@ class _Found:
     base: Path
 
 
-def discover(inputs: str | Path | Iterable[str | Path], *, progress: Callable[[int], None] | None = None) -> Inventory:
+def discover(
+    inputs: str | Path | Iterable[str | Path],
+    *,
+    exclude: str | Path | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Inventory:
     """List the image series in files and folder trees, by content and not by name, without reading pixels.
 
     Never raises for a bad file: a broken image is a :class:`Series` with a ``problem``, anything else is set aside.
@@ -89,6 +94,7 @@ def discover(inputs: str | Path | Iterable[str | Path], *, progress: Callable[[i
 
     Args:
         inputs: one path or several; folders are walked, through symbolic links too.
+        exclude: a folder that is not entered, such as the one that results go to.
         progress: called with the number of files seen so far.
 
     Raises:
@@ -102,7 +108,7 @@ def discover(inputs: str | Path | Iterable[str | Path], *, progress: Callable[[i
     bases: dict[Path, Path] = {}
     series: list[Series] = []
     set_aside: list[SetAside] = []
-    for count, found in enumerate(_files(paths), start=1):
+    for count, found in enumerate(_files(paths, exclude), start=1):
         entry = _examine(found)
         if isinstance(entry, Header):
             headers[found.path], bases[found.path] = entry, found.base
@@ -127,10 +133,13 @@ def discover(inputs: str | Path | Iterable[str | Path], *, progress: Callable[[i
     return Inventory(tuple(complete), tuple(sorted(set_aside, key=lambda aside: aside.path)))
 
 
-def _files(paths: Iterable[Path]) -> Iterator[_Found]:
+def _files(paths: Iterable[Path], exclude: str | Path | None) -> Iterator[_Found]:
     """Regular files below ``paths``, each once and each folder once, in sorted order."""
     seen_files: set[Path] = set()
     seen_folders: set[tuple[int, int]] = set()
+    if exclude is not None and Path(exclude).is_dir():
+        status = Path(exclude).stat()
+        seen_folders.add((status.st_dev, status.st_ino))
     for path in paths:
         if not path.is_dir():
             candidates: Iterable[Path] = [path]
@@ -148,7 +157,7 @@ def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
     closed: list[OSError] = []
     for root, folders, names in os.walk(folder, followlinks=True, onerror=closed.append):
         status = Path(root).stat()
-        if (status.st_dev, status.st_ino) in seen:  # a link back up, or an input inside another
+        if (status.st_dev, status.st_ino) in seen:  # a link back up, an input inside another, or excluded
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))

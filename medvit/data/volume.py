@@ -35,8 +35,8 @@ class Volume:
     """An image on a voxel grid.
 
     Args:
-        array: ``(i, j, k)`` in the source's own axis order (DICOM: column, row, slice), float32; CT in HU, others in the
-            source's rescaled units.
+        array: ``(i, j, k)`` in the source's own axis order (DICOM: column, row, slice), float32; CT in HU, others in
+            the source's rescaled units.
         space: the grid of ``array``.
         source: where it came from.
         notes: warnings a person should see (a repaired header, an ignored duplicate, ...), one sentence each.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -36,9 +36,10 @@ class FolderRunner:
 
     In ``output_dir`` each case gets ``<case><writer suffix>`` for every writer that applies, all of them or none:
     results are written to a staging folder and moved when the whole case has succeeded. ``manifest.jsonl`` gains one
-    line per attempted case (the last line of a case counts), ``volumes.csv`` and ``volumes.json`` hold the volumes of
-    all cases that are done. No clock time and no path outside ``output_dir`` is written: equal inputs give equal bytes,
-    DICOM objects excepted, whose identifiers are new each time.
+    line per attempted case; the last line with status ``ok`` describes the files that are there, since a failed attempt
+    leaves earlier results alone. ``volumes.csv`` and ``volumes.json`` hold the volumes of all cases that are done. No
+    clock time is written, and no path outside ``output_dir`` but in the reasons of failures: equal inputs give equal
+    bytes, DICOM objects excepted, whose identifiers are new each time.
 
     Args:
         cases: ``{"image": path or paths, "case": name}`` each, names unique and relative with ``/``.
@@ -47,10 +48,10 @@ class FolderRunner:
         output_dir: created if needed.
         existing: what happens to a case with results: ``"refuse"`` fails it, ``"overwrite"`` replaces them when the new
             ones are complete, ``"resume"`` keeps them if they came from the same ``provenance`` and fails it otherwise.
-        provenance: facts for every manifest line, such as bundle, version and weights hash.
+        provenance: facts for every manifest line, such as bundle, version and weights hash; for JSON.
 
     Raises:
-        ValueError: an unknown ``existing``, or two cases of one name.
+        ValueError: an unknown ``existing``, two cases of one name, or a name that leads out of ``output_dir``.
     """
 
     def __init__(
@@ -65,11 +66,14 @@ class FolderRunner:
     ):
         if existing not in EXISTING:
             raise ValueError(f"existing must be one of {', '.join(EXISTING)}, got {existing!r}")
-        names = [str(case["case"]) for case in cases]
-        if twice := sorted({n for n in names if names.count(n) > 1}):
+        names = Counter(str(case["case"]) for case in cases)
+        if twice := sorted(name for name, count in names.items() if count > 1):
             raise ValueError(f"every case needs its own name, but these occur twice: {', '.join(twice)}")
+        if astray := [name for name in names if not _is_below(name)]:
+            raise ValueError(f"a case's name must be a path below the output folder, got {', '.join(map(repr, astray))}")
         self.cases, self.predictor, self.writers = list(cases), predictor, list(writers)
-        self.output_dir, self.existing, self.provenance = Path(output_dir), existing, dict(provenance or {})
+        self.output_dir, self.existing = Path(output_dir), existing
+        self.provenance: dict[str, Any] = json.loads(json.dumps(provenance or {}))  # as the manifest gives it back
 
     def run(self) -> list[dict[str, Any]]:
         """Run all cases, log a line for each, and fail at the end if any failed.
@@ -78,85 +82,71 @@ class FolderRunner:
             The manifest records of this run.
 
         Raises:
-            CasesFailed: naming each failed case and why.
+            CasesFailed: naming failed cases and why.
             OutputError: ``output_dir`` cannot be written at all.
         """
         records = []
         for record in self.records():
             records.append(record)
             level = logging.ERROR if record["status"] == "failed" else logging.INFO
-            reason = f": {record['reason']}" if record["reason"] else ""
-            logger.log(level, "case %d of %d, %s: %s%s", len(records), len(self.cases), record["case"], record["status"], reason)
+            outcome = record["status"] + (f": {record['reason']}" if record["reason"] else "")
+            logger.log(level, "case %d of %d, %s: %s", len(records), len(self.cases), record["case"], outcome)
         require_success(records)
         return records
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Run case by case; yields the manifest record of each as it is finished.
+        """Run case by case; yields the record of each as it is finished.
+
+        A record has ``case``, ``status`` (``ok``, ``failed`` or ``skipped``), ``code`` and ``reason`` (None when ok),
+        the provenance and, unless failed, ``outputs`` (names below ``output_dir``), what the image was, and
+        ``volumes``. Those that are not skipped are lines of the manifest.
 
         Raises:
             OutputError: ``output_dir`` cannot be written at all.
         """
-        known = self._prepare()
+        done = self._prepare()
         try:
             for case in self.cases:
-                record = self._one(case, known)
+                record = self._one(case, done)
                 if record["status"] != "skipped":
-                    self._append(record)
-                    known[record["case"]] = record
+                    _append(self.output_dir / MANIFEST, record)
+                if record["status"] == "ok":
+                    done[record["case"]] = record
                 yield record
         finally:
-            rows = [
-                {"case": name, **row}
-                for name in sorted(known)
-                if known[name]["status"] == "ok"
-                for row in known[name]["volumes"]
-            ]
+            rows = [{"case": name, **row} for name in sorted(done) for row in done[name]["volumes"]]
             write_volumes(rows, self.output_dir, overwrite=True)
 
     def _prepare(self) -> dict[str, dict[str, Any]]:
-        """Make the output folder and read the last manifest record of each case."""
+        """Make the output folder, see that it can be written, and read which cases are done: their manifest records."""
         path = self.output_dir / MANIFEST
-        known: dict[str, dict[str, Any]] = {}
+        _append(path)
         try:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            with path.open("a+", encoding="utf-8") as file:
-                file.seek(0)
-                for line in file:
-                    # an interrupted write can leave half a line: that case is simply not done
-                    try:
-                        record = json.loads(line)
-                        known[record["case"]] = record
-                    except (ValueError, KeyError, TypeError):
-                        logger.warning("%s: ignored a damaged line", path)
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError as error:
-            raise OutputError(f"{self.output_dir}: cannot write there ({error.strerror}); choose another output folder") from error
-        return known
+            raise OutputError(f"{path}: cannot be read ({error.strerror}); choose another output folder") from error
+        done = {}
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                if record["status"] == "ok" and self._is_complete(record) and record["volumes"] is not None:
+                    done[record["case"]] = record
+            except (ValueError, KeyError, TypeError):  # an interrupted write can leave half a line
+                logger.warning("%s: line %d is damaged and was ignored", path, number)
+        return done
 
-    def _append(self, record: Mapping[str, Any]) -> None:
-        path = self.output_dir / MANIFEST
-        try:
-            with path.open("rb+") as file:
-                file.seek(0, os.SEEK_END)
-                if file.tell():
-                    file.seek(-1, os.SEEK_END)
-                    if file.read(1) != b"\n":  # close a line that an interrupted run left open
-                        file.write(b"\n")
-                file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
+    def _is_complete(self, record: Mapping[str, Any]) -> bool:
+        return all((self.output_dir / output).is_file() for output in record["outputs"])
 
-    def _one(self, case: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    def _one(self, case: Mapping[str, Any], done: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         name = str(case["case"])
-        record: dict[str, Any] = {"case": name, "status": "ok", "code": "", "reason": ""}
+        record: dict[str, Any] = {"case": name, "status": "ok", "code": None, "reason": None}
         try:
-            if self._is_done(name, known.get(name)):
-                return {**known[name], "status": "skipped", "reason": "done before with the same weights"}
+            if self._is_done(name, done.get(name)):
+                return {**done[name], "status": "skipped", "reason": "done before, in the same way"}
             label_map = self.predictor(case)
-            outputs = self._write(name, label_map)
             record |= {
-                "outputs": outputs,
+                "outputs": self._write(name, label_map),
                 "files": len(label_map.source.files),
                 "kind": label_map.source.kind,
                 "modality": label_map.source.modality,
@@ -174,49 +164,91 @@ class FolderRunner:
     def _is_done(self, name: str, before: Mapping[str, Any] | None) -> bool:
         """Whether the case can be skipped; refuses one whose results would be lost."""
         stem = self.output_dir / name
-        present = [p for w in self.writers if (p := with_suffix(stem, w.suffix)).exists()]
+        present = [path for w in self.writers if os.path.lexists(path := with_suffix(stem, w.suffix))]
         if not present or self.existing == "overwrite":
             return False
         if self.existing == "refuse":
             raise OutputError(f"{present[0]}: exists already; resume to keep finished cases, overwrite to replace them")
-        ours = before is not None and before["status"] == "ok"
-        if ours and all((self.output_dir / o).is_file() for o in before["outputs"]):  # type: ignore[index]
-            changed = [k for k, v in self.provenance.items() if before.get(k) != v]  # type: ignore[union-attr]
-            if not changed:
-                return True
+        if before is None:
+            raise OutputError(
+                f"{present[0]}: exists, but the manifest does not say that this case was finished; remove or overwrite it"
+            )
+        if changed := [key for key, value in self.provenance.items() if before.get(key) != value]:
             raise OutputError(
                 f"{present[0]}: was made with other {', '.join(changed)}; choose another output folder, or overwrite"
             )
-        raise OutputError(f"{present[0]}: exists, but the manifest does not say that this case was finished; overwrite it")
+        return True
 
     def _write(self, name: str, label_map: LabelMap) -> list[str]:
         """Write every format to a staging folder, then move all to their places; returns names below ``output_dir``."""
         stem = self.output_dir / name
-        staging = Path(tempfile.mkdtemp(prefix=".medvit-", dir=self.output_dir))
+        staging = ""
         try:
-            made = [path for w in self.writers if (path := w.write(label_map, staging / stem.name)) is not None]
-            stem.parent.mkdir(parents=True, exist_ok=True)
-            for path in made:
-                path.replace(stem.parent / path.name)
+            with tempfile.TemporaryDirectory(prefix=".medvit-", dir=self.output_dir, ignore_cleanup_errors=True) as staging:
+                staged = Path(staging) / stem.name
+                made = [path for w in self.writers if (path := w.write(label_map, staged)) is not None]
+                stem.parent.mkdir(parents=True, exist_ok=True)
+                targets = [stem.parent / path.name for path in made]
+                if folders := [target for target in targets if target.is_dir()]:
+                    raise OutputError(f"{folders[0]}: is a folder; remove it, or choose another output folder")
+                for path, target in zip(made, targets, strict=True):
+                    path.replace(target)
         except OSError as error:
-            raise OutputError(f"{stem}: cannot be written ({error.strerror or error})") from error
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-        return [(stem.parent / path.name).relative_to(self.output_dir).as_posix() for path in made]
+            raise OutputError(f"{stem}: cannot be written ({error.strerror or error}); make room or access") from error
+        except OutputError as error:  # a person looks for the file under its final name
+            raise OutputError(str(error).replace(staging, str(stem.parent))) from error
+        return [target.relative_to(self.output_dir).as_posix() for target in targets]
+
+
+def record_failed_run(output_dir: str | Path, error: MedvitError) -> None:
+    """Add a line without a case to the manifest: a run that could not begin, because of its weights for instance.
+
+    Raises:
+        OutputError: the manifest cannot be written.
+    """
+    _append(Path(output_dir) / MANIFEST, {"case": None, **_failure(error)})
 
 
 def require_success(records: Sequence[Mapping[str, Any]]) -> None:
     """Raise :class:`CasesFailed` if any record says so."""
     failed = [r for r in records if r["status"] == "failed"]
     if failed:
-        reasons = "; ".join(f"{r['case']}: {r['reason']}" for r in failed)
-        raise CasesFailed(f"{len(failed)} of {len(records)} cases failed: {reasons}")
+        reasons = "; ".join(f"{r['case']}: {r['reason']}" for r in failed[:10])
+        more = f"; and {len(failed) - 10} more, see {MANIFEST}" if len(failed) > 10 else ""
+        raise CasesFailed(f"{len(failed)} of {len(records)} cases failed: {reasons}{more}")
+
+
+def _append(path: Path, record: Mapping[str, Any] | None = None) -> None:
+    """Add a line to a manifest, which is created if need be; without a record only see that this is possible."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            if file.tell():  # close a line that an interrupted run left open
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            if record is not None:
+                # a file name may hold bytes that are no UTF-8; as \udcXX they are JSON again
+                file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(f"{path}: cannot be written ({reason}); choose a writable folder with free space") from error
 
 
 def _failure(error: Exception) -> dict[str, str]:
     cause = root_cause(error)
     if isinstance(cause, MedvitError):
-        return {"status": "failed", "code": cause.code, "reason": str(cause)}
-    if isinstance(cause, torch.OutOfMemoryError | MemoryError):
-        return {"status": "failed", "code": "out-of-memory", "reason": "not enough memory; use a smaller batch_size or the CPU"}
-    return {"status": "failed", "code": "internal", "reason": f"{type(cause).__name__}: {cause}"}
+        code, reason = cause.code, str(cause)
+    elif isinstance(cause, torch.OutOfMemoryError | MemoryError):
+        code, reason = "out-of-memory", "not enough memory; use a smaller batch_size or the CPU"
+    else:
+        # not quoting an error that is not ours: it may hold what a header says, which may be the patient's name
+        code, reason = "internal", f"{type(cause).__name__} in the pipeline; the debug log (--verbose) has the traceback"
+    return {"status": "failed", "code": code, "reason": reason}
+
+
+def _is_below(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(path.name) and not path.is_absolute() and ".." not in path.parts

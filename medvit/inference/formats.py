@@ -17,7 +17,7 @@ def make_writers(formats: Sequence[str], algorithm_name: str, algorithm_version:
 
     Args:
         formats: any of ``"nifti"`` (label map on the source grid), ``"dicom-seg"`` (for DICOM sources), ``"overlay"`` (a
-            picture); at least one.
+            picture); at least one, and naming one twice is naming it once.
         algorithm_name, algorithm_version: what a DICOM SEG names as its maker.
 
     Raises:
@@ -31,4 +31,4 @@ def make_writers(formats: Sequence[str], algorithm_name: str, algorithm_version:
         "dicom-seg": lambda: DicomSegWriter(algorithm_name, algorithm_version),
         "overlay": OverlayWriter,
     }
-    return [makers[f]() for f in formats]
+    return [makers[f]() for f in dict.fromkeys(formats)]

@@ -1,7 +1,9 @@
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 from data_synthetic import make_affine, phantom, write_dicom_series, write_nifti
 
@@ -95,3 +97,14 @@ def test_public_names():
     assert all(getattr(medvit.data, name) is not None for name in medvit.data.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = medvit.data.nonsense
+
+
+def test_results_below_the_input_folder_are_no_inputs(tmp_path: Path) -> None:
+    write_nifti(tmp_path / "image.nii.gz", np.zeros((4, 5, 6), np.float32), np.eye(4))
+    write_nifti(tmp_path / "results" / "image_seg.nii.gz", np.zeros((4, 5, 6), np.uint8), np.eye(4))
+    assert [case["case"] for case in list_cases(tmp_path)] == ["image", "results/image_seg"]
+    assert [case["case"] for case in list_cases(tmp_path, exclude=tmp_path / "results")] == ["image"]
+    assert [case["case"] for case in list_cases(tmp_path, exclude=tmp_path / "absent")] == [
+        "image",
+        "results/image_seg",
+    ]
