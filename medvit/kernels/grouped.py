@@ -27,7 +27,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, geometry: WindowGeometry, bias: Tensor 
     return geometry.ungroup(out.transpose(1, 2), grid)
 
 
-@constant(maxsize=64)
+@constant(maxsize=16)
 def _additive_mask(geometry: WindowGeometry, grid: tuple[int, ...], device: str, dtype: torch.dtype) -> Tensor:
     """``(windows, 1, tokens, tokens)``: 0 where two tokens may attend, -inf elsewhere."""
     regions = geometry.regions(grid, device)

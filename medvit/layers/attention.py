@@ -41,7 +41,8 @@ class RelativePositionBias(nn.Module):
             index = WindowGeometry.full(self.window).relative_index(device=device)[:n, :n]
         else:
             index = geometry.relative_index(self.window, device)
-        return self.table[index.flatten()].reshape(n, n, -1).permute(2, 0, 1)
+        # contiguous: a permuted bias would make every mask built from it a strided copy
+        return self.table[index.flatten()].reshape(n, n, -1).permute(2, 0, 1).contiguous()
 
 
 class WindowAttention(nn.Module):
