@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 
-from medvit.bundle import WEIGHTS, find_bundle
-from medvit.errors import WeightsMismatch
+from medvit.bundle import WEIGHTS, Bundle, find_bundle
+from medvit.errors import MedvitError, WeightsMismatch
 from medvit.models.weights import file_sha256, load_weights
 from medvit.writers.base import atomic
 
 
 def main() -> None:
-    """Parse the command line and write the weights."""
+    """Parse the command line and call :func:`freeze`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", help="folder of the bundle")
     parser.add_argument("checkpoint", type=Path, help="file that training wrote")
@@ -30,17 +30,35 @@ def main() -> None:
     parser.add_argument("--half", action="store_true", help="store float32 weights in float16")
     options = parser.parse_args()
 
-    bundle = find_bundle(options.bundle)
-    state = torch.load(options.checkpoint, map_location="cpu", weights_only=True)
-    if options.key:
-        if options.key not in state:
-            raise WeightsMismatch(f"{options.checkpoint}: has no entry {options.key!r}, but {sorted(state)}")
-        state = state[options.key]
+    try:
+        freeze(find_bundle(options.bundle), options.checkpoint, options.key, options.half)
+    except MedvitError as error:
+        raise SystemExit(f"freeze_weights: {error}") from None
+
+
+def freeze(bundle: Bundle, checkpoint: Path, key: str | None = None, half: bool = False) -> None:
+    """Write the weights of ``checkpoint`` into ``bundle``; nothing is touched unless they fit and are finite.
+
+    Raises:
+        WeightsMismatch: no tensors under ``key``, other keys or shapes than the network's, NaN or infinite values.
+    """
+    if not checkpoint.is_file():
+        raise WeightsMismatch(f"{checkpoint}: no such checkpoint")
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if key is not None:
+        if key not in state:
+            raise WeightsMismatch(f"{checkpoint}: has no entry {key!r}, but {', '.join(map(str, state))}")
+        state = state[key]
+    if not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise WeightsMismatch(
+            f"{checkpoint}: holds more than tensors; pick one of {', '.join(map(str, state))} with --key"
+        )
     load_weights(bundle.parser().get_parsed_content("network_def"), state)
-    if not all(value.isfinite().all() for value in state.values()):
-        raise WeightsMismatch(f"{options.checkpoint}: some weights are NaN or infinite")
-    if options.half:
+    if half:
         state = {k: v.half() if v.dtype == torch.float32 else v for k, v in state.items()}
+    # after the conversion: what is above 65504 becomes infinite in float16
+    if broken := [k for k, v in state.items() if not v.isfinite().all()]:
+        raise WeightsMismatch(f"{checkpoint}: NaN or infinite values in {', '.join(broken[:5])}")
     buffer = io.BytesIO()
     torch.save({k: v.contiguous().clone() for k, v in state.items()}, buffer)
     target = bundle.root / WEIGHTS

@@ -18,17 +18,18 @@ find_python() {
 }
 
 # ensure_venv EXTRA: .venv with the package, editable, and one extra of pyproject.toml. Installs again only after
-# pyproject.toml has changed, or when the last installation did not finish.
+# pyproject.toml has changed, the checkout was moved, or the last installation did not finish.
 ensure_venv() {
-    local extra="$1" stamp="$VENV/.installed-$1" python
+    local extra="$1" stamp="$VENV/.installed-$1" wanted python
     if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
         python="$(find_python)" || return 1
         echo "making $VENV with $("$python" --version)"
         "$python" -m venv "$VENV" || return 1
     fi
-    if ! cmp -s "$ROOT/pyproject.toml" "$stamp"; then
-        echo "installing medvit[$extra] into $VENV"
+    wanted="$ROOT"$'\n'"$(<"$ROOT/pyproject.toml")"
+    if [[ ! -f "$stamp" || "$(<"$stamp")" != "$wanted" ]]; then
+        echo "installing medvit[$extra] into $VENV; the first time this downloads PyTorch and takes minutes"
         "$VENV/bin/python" -m pip install --disable-pip-version-check --editable "$ROOT[$extra]" || return 1
-        cp "$ROOT/pyproject.toml" "$stamp"
+        printf '%s\n' "$wanted" >"$stamp"
     fi
 }
