@@ -1,8 +1,8 @@
 """MONAI bundles: finding them, checking them, and turning their configuration into objects.
 
-A bundle is a folder with ``configs/metadata.json``, ``configs/inference.json`` and ``models/model.pt``; see MONAI's bundle
-specification. medvit's own facts stand in the metadata under ``"medvit"``: ``weights_sha256`` and ``structures`` (codes and
-colours per label; their names are the ``channel_def`` of ``pred``).
+A bundle is a folder with ``configs/metadata.json``, ``configs/inference.json`` and ``models/model.pt``; see MONAI's
+bundle specification. medvit's own facts stand in the metadata under ``"medvit"``: ``weights_sha256`` and ``structures``
+(codes and colours per label; their names are the ``channel_def`` of ``pred``).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medvit.data.labels import Structure
-from medvit.errors import BundleError, MedvitError
+from medvit.errors import BundleError, MedvitError, WeightsMismatch
 
 if TYPE_CHECKING:
     import torch
@@ -65,8 +65,10 @@ def find_bundle(name_or_path: str | Path) -> Bundle:
 
 
 def locate(name: str) -> str:
-    """Root of the bundle called ``name``, for ``bundle_root`` in its configs: the current folder if it is one of that
-    name, else the installed one. Its weights are checked against the sha256 in the config's metadata all the same.
+    """Root of the bundle called ``name``, for ``bundle_root`` in its configs.
+
+    That is the current folder, or one in it, if it is a bundle of that name; else the installed one. Its weights are
+    checked against the sha256 in the config's metadata all the same.
 
     Raises:
         BundleError: no bundle of that name; pass ``--bundle_root``.
@@ -116,7 +118,12 @@ def load_network(
     """
     from medvit.models.weights import load_weights, read_state
 
-    load_weights(network, read_state(Path(bundle_root) / checkpoint, sha256))
+    path = Path(bundle_root) / checkpoint
+    state = read_state(path, sha256)
+    try:
+        load_weights(network, state)
+    except WeightsMismatch as error:
+        raise WeightsMismatch(f"{path}: {error}") from None
     return network.to(device).eval()
 
 
@@ -130,7 +137,9 @@ def structures(metadata: Mapping[str, Any]) -> tuple[Structure, ...]:
         names = metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
         codes = metadata["medvit"]["structures"]
     except KeyError as error:
-        raise BundleError(f"the metadata lack {error}: needed are the channel_def of pred and medvit.structures") from None
+        raise BundleError(
+            f"the metadata lack {error}: needed are the channel_def of pred and medvit.structures"
+        ) from None
     if set(codes) != set(names) - {"0"}:
         raise BundleError(
             f"medvit.structures must describe every label of channel_def but 0: {sorted(set(names) - {'0'})}, "
@@ -149,16 +158,23 @@ def folder_runner(
     formats: Sequence[str],
     existing: str,
     device: torch.device | str,
+    settings: Mapping[str, Any],
 ) -> FolderRunner:
     """The evaluator of a segmentation bundle's inference config: every case of ``dataset``, one at a time.
 
     Args:
-        dataset: MONAI ``Dataset`` whose ``data`` are cases (see :func:`medvit.data.list_cases`) and whose ``transform`` is
-            the preprocessing.
-        network, inferer, postprocessing, device: see :class:`~medvit.inference.predictor.Predictor`.
+        dataset: MONAI ``Dataset`` whose ``data`` are cases (see :func:`medvit.data.list_cases`) and whose ``transform``
+            is the preprocessing.
+        network: with its weights, on ``device``.
+        inferer: see :class:`~medvit.inference.predictor.Predictor`.
+        postprocessing: likewise.
         metadata: the bundle's, for the structures and for what the manifest says of the bundle.
-        output_dir, existing: see :class:`~medvit.inference.batch.FolderRunner`.
+        output_dir: see :class:`~medvit.inference.batch.FolderRunner`.
         formats: see :func:`~medvit.inference.formats.make_writers`.
+        existing: see :class:`~medvit.inference.batch.FolderRunner`.
+        device: where the network is.
+        settings: what else decides about the results, such as overlap and precision; for the manifest. Resuming with
+            others, or with other formats, is refused.
     """
     from medvit.inference.batch import FolderRunner
     from medvit.inference.formats import make_writers
@@ -171,6 +187,7 @@ def folder_runner(
         "bundle_version": version,
         "weights_sha256": metadata["medvit"]["weights_sha256"],
         "device": str(device),
+        "settings": {**settings, "formats": list(formats)},
         "versions": _versions(),
     }
     writers = make_writers(formats, name, version)
@@ -215,10 +232,14 @@ class Bundle:
         return metadata
 
     def parser(self, *stems: str, **overrides: Any) -> Any:
-        """MONAI ``ConfigParser`` over the configs ``stems`` (default inference), later ones first, with ``overrides``.
+        """MONAI ``ConfigParser`` over the configs ``stems`` (default inference), each over those before it.
+
+        Args:
+            *stems: names below ``configs/`` without ``.json``.
+            **overrides: new values of top-level keys.
 
         Raises:
-            BundleError: no such config, an override that is no top-level key, or a path with ``#``, which MONAI rewrites.
+            BundleError: no such config, an override that is no top-level key, or a text that MONAI takes for syntax.
         """
         from monai.bundle import ConfigParser
 
@@ -229,13 +250,15 @@ class Bundle:
             parser.read_meta(str(self.root / "configs/metadata.json"))
         except (OSError, ValueError) as error:
             raise BundleError(f"{self.root}: the configuration cannot be read ({error})") from error
-        for key, value in {"bundle_root": str(self.root), **overrides}.items():
+        for key, value in {"bundle_root": self.root, **overrides}.items():
             if key not in parser.get():
-                raise BundleError(f"{paths[0]}: has no key {key!r} to override; it has {', '.join(sorted(parser.get()))}")
+                raise BundleError(
+                    f"{paths[0]}: has no key {key!r} to override; it has {', '.join(sorted(parser.get()))}"
+                )
             for text in value if isinstance(value, list) else [value]:
-                if isinstance(text, str) and ("#" in text or text[:1] in "$@%"):
+                if isinstance(text, str) and ("#" in text or text[:1] in ("$", "@", "%")):
                     raise BundleError(
-                        f"{text!r}: MONAI reads '#', and a leading '$', '@' or '%', as syntax; rename the folder or file"
+                        f"{text!r}: MONAI reads '#', and '$', '@' or '%' in front, as syntax; give a pathlib.Path"
                     )
             parser[key] = value
         return parser
@@ -246,7 +269,14 @@ class Bundle:
         Raises:
             MedvitError: configuration, weights or inputs do not serve; MONAI's wrapping is removed.
         """
-        runner: FolderRunner = self._build("evaluator", **overrides)
+        from medvit.inference.batch import FolderRunner
+
+        runner = self._build("evaluator", **overrides)
+        if not isinstance(runner, FolderRunner):
+            raise BundleError(
+                f"{self.root}: its evaluator must be a medvit.bundle.folder_runner, got {type(runner).__name__}; "
+                "run this bundle with python -m monai.bundle run"
+            )
         return runner
 
     def network(self) -> nn.Module:
@@ -261,12 +291,13 @@ class Bundle:
             return self.parser(**overrides).get_parsed_content(key)
         except Exception as error:
             cause = root_cause(error)
-            if isinstance(cause, MedvitError) and cause is not error:
-                raise cause from None
-            raise
+            if isinstance(cause, MedvitError):
+                raise cause from cause.__cause__
+            reason = f"{type(cause).__name__}: {cause}"
+            raise BundleError(f"{self.root}: {key!r} of its configuration cannot be built ({reason})") from error
 
     def verify(self) -> Iterator[tuple[str, str | None]]:
-        """Check the bundle piece by piece; yields what was checked and what is wrong with it, or None."""
+        """Check the bundle piece by piece; yields the name of each check and what is wrong, or None."""
         yield from ((name, self._attempt(check)) for name, check in self._checks().items())
 
     def _checks(self) -> dict[str, Any]:
@@ -301,7 +332,10 @@ class Bundle:
     def _check_weights(self) -> None:
         from medvit.models.weights import read_state
 
-        read_state(self.root / WEIGHTS, self.metadata["medvit"]["weights_sha256"])
+        sha256 = self.metadata.get("medvit", {}).get("weights_sha256")
+        if not sha256:
+            raise BundleError("the metadata must hold medvit.weights_sha256, which the weights are checked against")
+        read_state(self.root / WEIGHTS, sha256)
 
     def _check_network(self) -> None:
         import torch

@@ -6,19 +6,20 @@ import json
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from medvit.errors import MedvitError
+from medvit.errors import MedvitError, NothingFound, OutputError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from medvit.data.study import Inventory
+    from medvit.inference.batch import FolderRunner
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -45,10 +46,17 @@ BundleName = Annotated[str, typer.Argument(help="A bundle's folder or name (see 
 
 @app.callback()
 def _common(
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is done, and tracebacks of failures.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Log what is done, and tracebacks of failures.")
+    ] = False,
 ) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("medvit").setLevel(logging.DEBUG if verbose else logging.WARNING)
+    # Of other libraries nothing is shown: their remarks may quote headers, and so name patients.
+    logging.getLogger().addHandler(logging.NullHandler())
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logger = logging.getLogger("medvit")
+    logger.handlers = [handler]
+    logger.setLevel(logging.DEBUG if verbose else logging.WARNING)
 
 
 @app.command()
@@ -61,7 +69,9 @@ def predict(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that exist.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep finished cases of an earlier run, do the rest.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep finished cases of an earlier run, do the rest.")
+    ] = False,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Windows per forward pass.")] = None,
     amp: Annotated[bool, typer.Option("--amp", help="bfloat16: faster, labels can differ at borders.")] = False,
 ) -> None:
@@ -75,23 +85,22 @@ def predict(
     """
     if overwrite and resume:
         raise typer.BadParameter("--overwrite and --resume exclude each other")
-    from medvit.bundle import find_bundle
-
+    # as paths: in a text MONAI would read '#' and '$' as syntax
     overrides: dict[str, Any] = {
-        "dataset_dir": [str(path.absolute()) for path in inputs],
-        "output_dir": str(output.absolute()),
+        "dataset_dir": [path.absolute() for path in inputs],
+        "output_dir": output.absolute(),
         "device_name": device,
         "existing": "overwrite" if overwrite else "resume" if resume else "refuse",
-        "amp": amp,
     }
     if formats:
         overrides["formats"] = [f.value for f in formats]
     if batch_size:
         overrides["batch_size"] = batch_size
+    if amp:
+        overrides["amp"] = True
     with _errors(), _quiet():
-        with _status("loading the bundle and reading headers"):
-            runner = find_bundle(bundle).runner(**overrides)
-        records = list(_progress(runner.records(), "cases", len(runner.cases)))
+        runner = _runner(bundle, inputs, output, overrides)
+        records = list(_progress(runner.records(), "cases", len(runner.cases), "case"))
         _table(
             ("case", "structure", "volume mm³"),
             [(r["case"], v["structure"], f"{v['volume_mm3']:.1f}") for r in records for v in r.get("volumes", ())],
@@ -133,12 +142,16 @@ def inspect(
                     for s in usable
                 ],
             )
-            _table(("cannot be used", "code", "why"), [(s.name, s.problem.code, str(s.problem)) for s in broken if s.problem])
+            _table(
+                ("cannot be used", "code", "why"),
+                [(s.name, s.problem.code, str(s.problem)) for s in broken if s.problem],
+            )
             _table(("set aside", "code", "why"), [(a.path, a.code, a.reason) for a in inventory.set_aside])
             for series in usable:
                 for note in series.notes:
                     _say(f"note: {series.name}: {note}")
             _say(f"{len(usable)} usable, {len(broken)} not usable, {len(inventory.set_aside)} files set aside")
+        _require_images(inventory, inputs)
     raise typer.Exit(1 if broken or unreadable or not usable else 0)
 
 
@@ -158,10 +171,11 @@ def convert(
     from medvit.writers.convert import convert as convert_inventory
 
     with _errors():
-        inventory = _discover(inputs)
+        _require_apart(inputs, output)
+        inventory = _discover(inputs, exclude=output)
         records = []
         total = len(inventory.series) + len(inventory.set_aside)
-        for record in _progress(convert_inventory(inventory, output, overwrite=overwrite), "series", total):
+        for record in _progress(convert_inventory(inventory, output, overwrite=overwrite), "series", total, "series"):
             records.append(record)
             if as_json:
                 _emit(record)
@@ -174,6 +188,7 @@ def convert(
         written = sum(r["output"] is not None for r in records)
         failed = sum(r["status"] == "rejected" or r["code"] == "unreadable" for r in records)
         _say(f"{written} written, {failed} rejected or unreadable, {len(records) - written - failed} set aside")
+        _require_images(inventory, inputs)
     raise typer.Exit(1 if failed or not written else 0)
 
 
@@ -182,14 +197,19 @@ def bundles() -> None:
     """List the bundles that `predict` and `verify` know by name."""
     from medvit.bundle import list_bundles
 
-    with _errors():
-        found = list_bundles()
-        _table(
-            ("bundle", "version", "task", "folder"),
-            [(b.name, b.metadata.get("version", "?"), b.metadata.get("task", "?"), b.root) for b in found],
-        )
-        if not found:
-            _say("no bundles found; set MEDVIT_BUNDLES to a folder of bundles")
+    rows, broken = [], 0
+    for bundle in list_bundles():
+        try:
+            rows.append(
+                (bundle.name, bundle.metadata.get("version", "?"), bundle.metadata.get("task", "?"), bundle.root)
+            )
+        except MedvitError as error:
+            broken += 1
+            rows.append((bundle.name, "-", str(error), bundle.root))
+    _table(("bundle", "version", "task", "folder"), rows)
+    if not rows:
+        _say("no bundles found; set MEDVIT_BUNDLES to a folder of bundles")
+    raise typer.Exit(1 if broken else 0)
 
 
 @app.command()
@@ -218,46 +238,78 @@ def _errors() -> Iterator[None]:
         yield
     except MedvitError as error:
         logging.getLogger("medvit").debug("traceback", exc_info=True)
-        typer.echo(f"medvit: {error}", err=True)
+        _say(f"medvit: {error}")
         raise typer.Exit(1) from None
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep MONAI's remarks about optional packages off the terminal."""
+    """Keep remarks of other libraries off the terminal; see :func:`_common`."""
     import warnings
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"monai\..*")
+        warnings.simplefilter("ignore")
         yield
 
 
-def _discover(inputs: Sequence[Path]) -> Inventory:
+def _runner(bundle: str, inputs: Sequence[Path], output: Path, overrides: dict[str, Any]) -> FolderRunner:
+    """The bundle's runner; if there is none the manifest says why."""
+    from medvit.bundle import find_bundle
+
+    _require_apart(inputs, output)
+    found = find_bundle(bundle)
+    try:
+        with _console().status("loading the bundle and reading headers"):
+            return found.runner(**overrides)
+    except MedvitError as error:
+        from medvit.inference.batch import record_failed_run
+
+        with suppress(OutputError):  # the first error is the one to mend
+            record_failed_run(output, error)
+        raise
+
+
+def _discover(inputs: Sequence[Path], exclude: Path | None = None) -> Inventory:
     from medvit.data.study import discover
 
     console = _console()
-    if not console.is_terminal:
-        return discover(inputs)
-    with console.status("reading headers") as status:
-        return discover(inputs, progress=lambda n: status.update(f"reading headers: {n} files"))
+    with _quiet():
+        if not console.is_terminal:
+            return discover(inputs, exclude=exclude)
+        with console.status("reading headers") as status:
+            return discover(inputs, exclude=exclude, progress=lambda n: status.update(f"reading headers: {n} files"))
+
+
+def _require_apart(inputs: Sequence[Path], output: Path) -> None:
+    """The output folder is no place to look for images, so it cannot be where they all are."""
+    if output.resolve() in [path.resolve() for path in inputs]:
+        raise OutputError(f"{output}: is an input too; choose another output folder, inside it if you like")
+
+
+def _require_images(inventory: Inventory, inputs: Sequence[Path]) -> None:
+    if not inventory.series:
+        where = ", ".join(map(str, inputs))
+        raise NothingFound(f"{where}: no DICOM series and no NIfTI file found; check the path")
 
 
 def _inventory_lines(inventory: Inventory) -> Iterator[dict[str, Any]]:
+    """What ``convert`` would say of each series and file, as far as headers tell; the same keys but ``output``."""
     for series in inventory.series:
         space, problem = series.space, series.problem
         yield {
             "status": "rejected" if problem else "warning" if series.notes else "ok",
-            "code": problem.code if problem else "",
-            "reason": str(problem) if problem else " ".join(series.notes),
+            "code": problem.code if problem else "notes" if series.notes else None,
+            "reason": str(problem) if problem else " ".join(series.notes) or None,
             "series": series.name,
             "files": [str(f) for f in series.files],
             "modality": series.modality,
             "shape": list(space.shape) if space else None,
-            "spacing": list(space.spacing) if space else None,
+            "spacing": [round(step, 6) for step in space.spacing] if space else None,
             "orientation": space.orientation if space else None,
         }
     for aside in inventory.set_aside:
-        yield {"status": "set-aside", "code": aside.code, "reason": aside.reason, "files": [str(aside.path)]}
+        unknown = dict.fromkeys(("series", "modality", "shape", "spacing", "orientation"))
+        yield {"status": "set-aside", "code": aside.code, "reason": aside.reason, "files": [str(aside.path)], **unknown}
 
 
 def _grid(space: Any) -> tuple[str, str, str]:
@@ -270,19 +322,18 @@ def _console() -> Console:
     return Console(stderr=True)
 
 
-@contextmanager
-def _status(text: str) -> Iterator[None]:
-    with _console().status(text):
-        yield
-
-
-def _progress(items: Iterable[dict[str, Any]], what: str, total: int) -> Iterator[dict[str, Any]]:
-    """A bar on a terminal, nothing when piped."""
+def _progress(items: Iterable[dict[str, Any]], what: str, total: int, name: str) -> Iterator[dict[str, Any]]:
+    """A bar on a terminal; a line on standard error for each item, with its ``name`` and status, when piped."""
+    console = _console()
+    if not console.is_terminal:
+        for number, item in enumerate(items, 1):
+            _say(f"{number}/{total} {item[name] or item['files'][0]}: {item['status']}")
+            yield item
+        return
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    console = _console()
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TextColumn(what), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         yield from progress.track(items, total=total, description="")
 
 
@@ -290,23 +341,34 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table on a terminal; tab-separated lines when piped; nothing without rows."""
     if not rows:
         return
+    cells = [[_one_line(value) for value in row] for row in (header, *rows)]
     if not sys.stdout.isatty():
-        for row in (header, *rows):
-            typer.echo("\t".join(str(v) for v in row))
+        for row in cells:
+            typer.echo("\t".join(row))
         return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(*header)
-    for row in rows:
-        table.add_row(*(Text(str(v)) for v in row))
+    for row in cells[1:]:
+        table.add_row(*map(Text, row))
     Console().print(table)
 
 
+def _one_line(value: object) -> str:
+    """Text without line ends and tabs; bytes of a file name that are no UTF-8 become escapes."""
+    text = str(value).encode("utf-8", "backslashreplace").decode()
+    return text.translate(dict.fromkeys(map(ord, "\t\n\r"), " "))
+
+
 def _say(text: str) -> None:
-    typer.echo(text, err=True)
+    typer.echo(_one_line(text), err=True)
 
 
 def _emit(record: dict[str, Any]) -> None:
-    typer.echo(json.dumps(record, ensure_ascii=False))
+    typer.echo(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace"))
+
+
+if __name__ == "__main__":
+    main()

@@ -70,7 +70,9 @@ class FolderRunner:
         if twice := sorted(name for name, count in names.items() if count > 1):
             raise ValueError(f"every case needs its own name, but these occur twice: {', '.join(twice)}")
         if astray := [name for name in names if not _is_below(name)]:
-            raise ValueError(f"a case's name must be a path below the output folder, got {', '.join(map(repr, astray))}")
+            raise ValueError(
+                f"a case's name must be a path below the output folder, got {', '.join(map(repr, astray))}"
+            )
         self.cases, self.predictor, self.writers = list(cases), predictor, list(writers)
         self.output_dir, self.existing = Path(output_dir), existing
         self.provenance: dict[str, Any] = json.loads(json.dumps(provenance or {}))  # as the manifest gives it back
@@ -121,18 +123,18 @@ class FolderRunner:
         """Make the output folder, see that it can be written, and read which cases are done: their manifest records."""
         path = self.output_dir / MANIFEST
         _append(path)
+        done = {}
         try:
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            with path.open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    try:
+                        record = json.loads(line)
+                        if record["status"] == "ok" and self._is_complete(record) and record["volumes"]:
+                            done[record["case"]] = record
+                    except (ValueError, KeyError, TypeError):  # an interrupted write can leave half a line
+                        logger.warning("%s: line %d is damaged and was ignored", path, number)
         except OSError as error:
             raise OutputError(f"{path}: cannot be read ({error.strerror}); choose another output folder") from error
-        done = {}
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-                if record["status"] == "ok" and self._is_complete(record) and record["volumes"] is not None:
-                    done[record["case"]] = record
-            except (ValueError, KeyError, TypeError):  # an interrupted write can leave half a line
-                logger.warning("%s: line %d is damaged and was ignored", path, number)
         return done
 
     def _is_complete(self, record: Mapping[str, Any]) -> bool:
@@ -171,7 +173,7 @@ class FolderRunner:
             raise OutputError(f"{present[0]}: exists already; resume to keep finished cases, overwrite to replace them")
         if before is None:
             raise OutputError(
-                f"{present[0]}: exists, but the manifest does not say that this case was finished; remove or overwrite it"
+                f"{present[0]}: exists, but by the manifest this case was never finished; remove or overwrite it"
             )
         if changed := [key for key, value in self.provenance.items() if before.get(key) != value]:
             raise OutputError(
@@ -184,7 +186,9 @@ class FolderRunner:
         stem = self.output_dir / name
         staging = ""
         try:
-            with tempfile.TemporaryDirectory(prefix=".medvit-", dir=self.output_dir, ignore_cleanup_errors=True) as staging:
+            with tempfile.TemporaryDirectory(
+                prefix=".medvit-", dir=self.output_dir, ignore_cleanup_errors=True
+            ) as staging:
                 staged = Path(staging) / stem.name
                 made = [path for w in self.writers if (path := w.write(label_map, staged)) is not None]
                 stem.parent.mkdir(parents=True, exist_ok=True)
@@ -245,7 +249,10 @@ def _failure(error: Exception) -> dict[str, str]:
         code, reason = "out-of-memory", "not enough memory; use a smaller batch_size or the CPU"
     else:
         # not quoting an error that is not ours: it may hold what a header says, which may be the patient's name
-        code, reason = "internal", f"{type(cause).__name__} in the pipeline; the debug log (--verbose) has the traceback"
+        code, reason = (
+            "internal",
+            f"{type(cause).__name__} in the pipeline; the debug log (--verbose) has the traceback",
+        )
     return {"status": "failed", "code": code, "reason": reason}
 
 

@@ -17,7 +17,9 @@ from medvit.writers.base import atomic
 logger = logging.getLogger("medvit")
 
 
-def bootstrap_interval(values: np.ndarray, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(
+    values: np.ndarray, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean over cases.
 
     Args:
@@ -37,25 +39,27 @@ def bootstrap_interval(values: np.ndarray, *, level: float = 0.95, resamples: in
         raise ValueError(f"an interval needs finite values, one per case, got {values.tolist()}")
     if values.size == 1:
         return float(values[0]), float(values[0])
-    from scipy.stats import bootstrap
-
-    result = bootstrap(
-        (values,), np.mean, confidence_level=level, n_resamples=resamples, method="percentile", rng=np.random.default_rng(seed)
-    )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+    rng = np.random.default_rng(seed)
+    means = [rng.choice(values, values.size).mean() for _ in range(resamples)]
+    low, high = np.quantile(means, ((1 - level) / 2, (1 + level) / 2))
+    return float(low), float(high)
 
 
 class DiceReport:
     """Ignite handler: writes ``dice.csv`` (per case) and ``dice.json`` (means with 95 % intervals) after an evaluation.
 
+    A structure that a case's reference does not hold has no Dice there: its cell stays empty and means leave it out.
+
     Args:
-        cases: names in the order of the data loader, one item per batch element, undistributed.
+        cases: names in the order of the data loader, which is not distributed over processes.
         structures: names of the foreground classes in order.
         folder: where to write; files of an earlier evaluation are replaced.
         metric: name of the MONAI ``MeanDice`` metric that excludes the background.
     """
 
-    def __init__(self, cases: Sequence[str], structures: Sequence[str], folder: str | Path, metric: str = "val_mean_dice"):
+    def __init__(
+        self, cases: Sequence[str], structures: Sequence[str], folder: str | Path, metric: str = "val_mean_dice"
+    ):
         self.cases, self.structures, self.folder, self.metric = list(cases), list(structures), Path(folder), metric
 
     def attach(self, engine: Any) -> None:
@@ -76,12 +80,20 @@ class DiceReport:
                 f"{self.folder}: expected Dice of {len(self.cases)} cases and {len(self.structures)} structures, "
                 f"got shape {dice.shape}"
             )
-        columns = {**{name: dice[:, i] for i, name in enumerate(self.structures)}, "mean": dice.mean(axis=1)}
+        present = np.isfinite(dice)
+        counts = present.sum(axis=1)
+        means = np.full(len(dice), np.nan)
+        np.divide(np.where(present, dice, 0).sum(axis=1), counts, out=means, where=counts > 0)
+        columns = {**dict(zip(self.structures, dice.T, strict=True)), "mean": means}
         summary = {"cases": len(self.cases)} | {name: _summary(values) for name, values in columns.items()}
-        with atomic(self.folder / "dice.csv", overwrite=True) as part, part.open("w", newline="", encoding="utf-8") as file:
+        with (
+            atomic(self.folder / "dice.csv", overwrite=True) as part,
+            part.open("w", newline="", encoding="utf-8") as file,
+        ):
             table = csv.writer(file, lineterminator="\n")
             table.writerow(["case", *columns])
-            table.writerows([case, *(f"{v[i]:.6f}" for v in columns.values())] for i, case in enumerate(self.cases))
+            for case, *scores in zip(self.cases, *columns.values(), strict=True):
+                table.writerow([case, *("" if np.isnan(score) else f"{score:.6f}" for score in scores)])
         with atomic(self.folder / "dice.json", overwrite=True) as part:
             part.write_text(json.dumps(summary, indent=4) + "\n", encoding="utf-8")
         for name, entry in summary.items():
@@ -89,5 +101,13 @@ class DiceReport:
 
 
 def _summary(values: np.ndarray) -> dict[str, Any]:
-    low, high = bootstrap_interval(values)
-    return {"mean": round(float(values.mean()), 4), "interval_95": [round(low, 4), round(high, 4)], "min": round(float(values.min()), 4)}
+    scores = values[np.isfinite(values)]
+    if not scores.size:
+        return {"cases": 0}
+    low, high = bootstrap_interval(scores)
+    return {
+        "cases": len(scores),
+        "mean": round(float(scores.mean()), 4),
+        "interval_95": [round(low, 4), round(high, 4)],
+        "min": round(float(scores.min()), 4),
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from medvit.inference.report import OverlayWriter
 from medvit.writers.base import Writer
@@ -16,9 +16,10 @@ def make_writers(formats: Sequence[str], algorithm_name: str, algorithm_version:
     """Writers for ``formats``, in that order.
 
     Args:
-        formats: any of ``"nifti"`` (label map on the source grid), ``"dicom-seg"`` (for DICOM sources), ``"overlay"`` (a
-            picture); at least one, and naming one twice is naming it once.
-        algorithm_name, algorithm_version: what a DICOM SEG names as its maker.
+        formats: any of ``"nifti"`` (label map on the source grid), ``"dicom-seg"`` (for DICOM sources) and
+            ``"overlay"`` (a picture); at least one, and naming one twice is naming it once.
+        algorithm_name: what a DICOM SEG names as its maker.
+        algorithm_version: likewise.
 
     Raises:
         ValueError: an unknown format, or none.
@@ -26,7 +27,7 @@ def make_writers(formats: Sequence[str], algorithm_name: str, algorithm_version:
     unknown = [f for f in formats if f not in FORMATS]
     if unknown or not formats:
         raise ValueError(f"formats must be some of {', '.join(FORMATS)}, got {list(formats)}")
-    makers = {
+    makers: dict[str, Callable[[], Writer]] = {
         "nifti": NiftiLabelWriter,
         "dicom-seg": lambda: DicomSegWriter(algorithm_name, algorithm_version),
         "overlay": OverlayWriter,

@@ -10,7 +10,7 @@ from monai.inferers import Inferer
 from torch import Tensor
 
 
-class Autocast(Inferer):
+class Autocast(Inferer):  # type: ignore[misc]  # MONAI ships no types
     """Runs another inferer under ``torch.autocast`` and returns float32 logits, on any device.
 
     MONAI's engines autocast on CUDA only; bfloat16 doubles the speed of convolutions on many CPUs too.

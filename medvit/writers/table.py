@@ -34,10 +34,14 @@ def write_volumes(rows: Sequence[Mapping[str, Any]], folder: Path, *, overwrite:
             raise ValueError(f"row {number} of the table of volumes needs the keys {list(COLUMNS)}, got {sorted(row)}")
     ordered = [{column: row[column] for column in COLUMNS} for row in rows]
     as_csv, as_json = folder / "volumes.csv", folder / "volumes.json"
-    with atomic(as_csv, overwrite=overwrite) as part, part.open("w", encoding="utf-8", newline="") as file:
+    with (
+        atomic(as_csv, overwrite=overwrite) as part,
+        part.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
         table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         table.writeheader()
         table.writerows(ordered)
     with atomic(as_json, overwrite=overwrite) as part:
-        part.write_text(json.dumps(ordered, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(ordered, indent=2, ensure_ascii=False) + "\n"
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")  # bytes of a file name that are no UTF-8
     return as_csv, as_json
