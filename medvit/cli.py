@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -99,7 +100,7 @@ def predict(
     if amp:
         overrides["amp"] = True
     with _errors(), _quiet():
-        runner = _runner(bundle, inputs, output, overrides)
+        runner = _runner(bundle, output, overrides)
         records = list(_progress(runner.records(), "cases", len(runner.cases), "case"))
         _table(
             ("case", "structure", "volume mm³"),
@@ -120,9 +121,10 @@ def inspect(
     inputs: Inputs,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines on standard output instead of tables.")] = False,
 ) -> None:
-    """Show which images INPUTS hold, which of them can be used and why not. Reads headers, no pixels.
+    """Show which images INPUTS hold, which of them can be used and why not.
 
-    Exit status 1 if an image cannot be used or a file cannot be read.
+    Reads headers; pixels only of DICOM files that claim to be copies of each other. Exit status 1 if an image cannot be
+    used or a file cannot be read.
 
     Example: `medvit inspect study/`
     """
@@ -130,7 +132,6 @@ def inspect(
         inventory = _discover(inputs)
         usable = [s for s in inventory.series if s.problem is None]
         broken = [s for s in inventory.series if s.problem is not None]
-        unreadable = [a for a in inventory.set_aside if a.code == "unreadable"]
         if as_json:
             for line in _inventory_lines(inventory):
                 _emit(line)
@@ -152,7 +153,7 @@ def inspect(
                     _say(f"note: {series.name}: {note}")
             _say(f"{len(usable)} usable, {len(broken)} not usable, {len(inventory.set_aside)} files set aside")
         _require_images(inventory, inputs)
-    raise typer.Exit(1 if broken or unreadable or not usable else 0)
+    raise typer.Exit(1 if broken or not usable else 0)
 
 
 @app.command()
@@ -171,7 +172,6 @@ def convert(
     from medvit.writers.convert import convert as convert_inventory
 
     with _errors():
-        _require_apart(inputs, output)
         inventory = _discover(inputs, exclude=output)
         records = []
         total = len(inventory.series) + len(inventory.set_aside)
@@ -186,8 +186,8 @@ def convert(
                 [(r["series"], r["status"], r["output"] or "-", r["reason"] or "") for r in shown],
             )
         written = sum(r["output"] is not None for r in records)
-        failed = sum(r["status"] == "rejected" or r["code"] == "unreadable" for r in records)
-        _say(f"{written} written, {failed} rejected or unreadable, {len(records) - written - failed} set aside")
+        failed = sum(r["status"] == "rejected" for r in records)
+        _say(f"{written} written, {failed} rejected, {len(records) - written - failed} set aside")
         _require_images(inventory, inputs)
     raise typer.Exit(1 if failed or not written else 0)
 
@@ -228,6 +228,9 @@ def verify(bundle: BundleName) -> None:
 
 def main() -> None:
     """Entry point of the ``medvit`` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a pipe of another encoding must not end a run
+            stream.reconfigure(errors="backslashreplace")
     app()
 
 
@@ -252,15 +255,16 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _runner(bundle: str, inputs: Sequence[Path], output: Path, overrides: dict[str, Any]) -> FolderRunner:
+def _runner(bundle: str, output: Path, overrides: dict[str, Any]) -> FolderRunner:
     """The bundle's runner; if there is none the manifest says why."""
     from medvit.bundle import find_bundle
 
-    _require_apart(inputs, output)
     found = find_bundle(bundle)
     try:
         with _console().status("loading the bundle and reading headers"):
             return found.runner(**overrides)
+    except OutputError:  # a folder that is not to be written to, for instance since it is an input
+        raise
     except MedvitError as error:
         from medvit.inference.batch import record_failed_run
 
@@ -278,12 +282,6 @@ def _discover(inputs: Sequence[Path], exclude: Path | None = None) -> Inventory:
             return discover(inputs, exclude=exclude)
         with console.status("reading headers") as status:
             return discover(inputs, exclude=exclude, progress=lambda n: status.update(f"reading headers: {n} files"))
-
-
-def _require_apart(inputs: Sequence[Path], output: Path) -> None:
-    """The output folder is no place to look for images, so it cannot be where they all are."""
-    if output.resolve() in [path.resolve() for path in inputs]:
-        raise OutputError(f"{output}: is an input too; choose another output folder, inside it if you like")
 
 
 def _require_images(inventory: Inventory, inputs: Sequence[Path]) -> None:

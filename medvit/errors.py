@@ -50,6 +50,12 @@ class SpaceMismatch(MedvitError):
     code = "space-mismatch"
 
 
+class UnsuitableImage(MedvitError):
+    """An image that is sound, but not what the network was made for."""
+
+    code = "unsuitable"
+
+
 class WeightsMismatch(MedvitError):
     """Weights that do not belong to the network: other keys, other shapes, another sha256."""
 

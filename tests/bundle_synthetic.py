@@ -29,6 +29,7 @@ def make_bundle(folder: Path, origin: str = "hippocampus_swin_unetr", name: str 
             root / f"configs/{config}.json",
             network_def={"_target_": "torch.nn.Conv3d", "in_channels": 1, "out_channels": 3, "kernel_size": 1},
         )
+    edit_json(root / "configs/inference.json", smallest_mm=[0, 0, 0], largest_mm=[1000, 1000, 1000])
     edit_json(root / "configs/metadata.json", name=name)
     write_weights(
         root,

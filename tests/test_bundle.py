@@ -159,7 +159,13 @@ def test_the_runner_does_what_the_network_says(tiny, study, tmp_path):
     assert np.array_equal(np.asarray(mask.dataobj), expected_labels(blobs()))
     assert record["bundle"] == "tiny"
     assert record["weights_sha256"] == tiny.metadata["medvit"]["weights_sha256"]
-    assert record["settings"] == {"roi_size": [32, 64, 32], "overlap": 0.5, "amp": False, "formats": ["nifti"]}
+    assert record["settings"] == {
+        "roi_size": [32, 64, 32],
+        "overlap": 0.5,
+        "mirror_axes": [0],
+        "amp": False,
+        "formats": ["nifti"],
+    }
     assert set(record["versions"]) == {"medvit", "monai", "torch"}
 
 

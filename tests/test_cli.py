@@ -1,6 +1,7 @@
 import gzip
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -476,7 +477,46 @@ def test_inspect_reads_no_pixels(study, monkeypatch):
 def test_inspect_fails_on_files_that_should_be_readable(study):
     (study / "broken.dcm").write_bytes(b"")
     result = medvit("inspect", study, code=1)
-    assert "broken.dcm\tunreadable\tnamed like DICOM, but empty" in result.stdout
+    assert f"broken.dcm\tunreadable\t{study / 'broken.dcm'}: named like DICOM, but empty" in result.stdout
+    assert result.stderr.endswith("2 usable, 1 not usable, 0 files set aside\n")
+
+
+def test_an_emptied_end_slice_fails_in_every_command(bundle, study, tmp_path):
+    lost = write_dicom_series(study / "p3", blobs(), np.eye(4))[-1]
+    lost.write_bytes(b"")
+    expected = {"p3/3_T1_test": "incomplete", f"p3/{lost.name}": "unreadable"}
+    out = tmp_path / "out"
+    result = medvit("predict", bundle, study, "-o", out, "-f", "nifti", code=1)
+    assert "2 done, 0 skipped, 2 failed" in result.stderr
+    assert {r["case"]: r["code"] for r in manifest(out) if r["status"] == "failed"} == expected
+    assert all(lost.name in r["reason"] for r in manifest(out) if r["status"] == "failed")
+    for command in (("inspect", study), ("convert", study, "-o", tmp_path / "nii")):
+        lines = [json.loads(line) for line in medvit(*command, "--json", code=1).stdout.splitlines()]
+        assert {line["series"]: line["code"] for line in lines if line["status"] == "rejected"} == expected
+
+
+def test_results_of_another_run_are_no_inputs(bundle, tmp_path):
+    write_nifti(tmp_path / "in/scan.nii", blobs(), np.eye(4))
+    for run in ("first", "second"):
+        medvit("predict", bundle, tmp_path / "in", "-o", tmp_path / "in" / run, "-f", "nifti")
+        assert [record["case"] for record in manifest(tmp_path / "in" / run)] == ["scan"]
+
+
+@pytest.mark.parametrize("arguments", [(), ("--json",)])
+def test_a_pipe_that_is_no_utf8(tmp_path, arguments):
+    write_nifti(tmp_path / "图.nii", np.zeros((3, 3, 3), np.int16), np.eye(4))
+    result = subprocess.run(
+        [sys.executable, "-m", "medvit.cli", "inspect", tmp_path, *arguments],
+        env={**os.environ, "PYTHONIOENCODING": "cp1252"},
+        capture_output=True,
+        check=True,
+    )
+    assert ("图".encode() if arguments else rb"\u56fe") in result.stdout
+
+
+def test_inspect_admits_when_it_reads_pixels():
+    said = " ".join(medvit("inspect", "--help").stdout.replace("│", " ").split())
+    assert "Reads headers; pixels only of DICOM files that claim to be copies of each other." in said
 
 
 def test_inspect_json_lines(study):
@@ -524,7 +564,7 @@ def test_convert_json_lines(study, tmp_path):
         "2/4 p2/four: rejected",
         "3/4 p2/scan: ok",
         f"4/4 {study / 'notes.txt'}: set-aside",
-        "2 written, 1 rejected or unreadable, 1 set aside",
+        "2 written, 1 rejected, 1 set aside",
     ]
     image = nibabel.load(lines[0]["output"])
     assert np.array_equal(np.asarray(image.dataobj), blobs())

@@ -135,7 +135,7 @@ def test_every_knob_is_explained_and_no_other(name: str) -> None:
             for key, value in config.items()
             if key not in ("imports", "initialize", "run")
             and not isinstance(value, dict)
-            and not str(value).startswith("$")
+            and not str(value).startswith(("$", "@"))
             and not any(isinstance(part, dict) for part in (value if isinstance(value, list) else []))
         }
         assert set(first_column(table)) == knobs, bundle.name

@@ -21,8 +21,9 @@ def list_cases(
 ) -> list[dict[str, Any]]:
     """Every candidate image below ``dataset_dir``, one dictionary each, sorted by name.
 
-    Candidates that cannot be used are listed too: loading them raises the reason, so that it counts as a failed case.
-    What is left out (files that are no images, scouts, other modalities) goes to the log ``medvit``.
+    Candidates that cannot be used, unreadable files among them, are listed too: loading them raises the reason, so that
+    it counts as a failed case. What is left out (files that are no images, scouts, results of earlier runs, other
+    modalities) goes to the log ``medvit``.
 
     Args:
         dataset_dir: a folder or file, or several.
@@ -32,10 +33,11 @@ def list_cases(
         exclude: a folder that is not entered: give the output folder, lest results of an earlier run become inputs.
 
     Returns:
-        ``[{key: path or list of paths (str), "case": name}, ...]``.
+        ``[{key: path or list of paths (str), "case": name, "notes": what a person should know (list of str)}, ...]``.
 
     Raises:
         NothingFound: no such folder, or no candidate in it.
+        OutputError: ``exclude`` is ``dataset_dir`` itself.
     """
     inventory = discover(dataset_dir, exclude=exclude)
     wanted = {modality.upper() for modality in modalities}
@@ -43,9 +45,8 @@ def list_cases(
     if not chosen:
         raise NothingFound(_nothing(dataset_dir, sorted(wanted), inventory))
     for aside in inventory.set_aside:
-        level = logging.WARNING if aside.code == "unreadable" else logging.INFO
-        _log.log(level, "%s: set aside (%s): %s", aside.path, aside.code, aside.reason)
-    return [{key: _files(one), "case": one.name} for one in chosen]
+        _log.info("%s: set aside (%s): %s", aside.path, aside.code, aside.reason)
+    return [{key: _files(one), "case": one.name, "notes": list(one.notes)} for one in chosen]
 
 
 def _is_wanted(one: Series, wanted: set[str]) -> bool:

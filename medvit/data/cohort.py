@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from medvit.errors import NothingFound
+from medvit.data.space import Space
+from medvit.data.study import discover
+from medvit.errors import NothingFound, SpaceMismatch, UnreadableFile
 
 _COLUMNS = ("case_id", "image", "label", "split")
 
@@ -22,6 +24,8 @@ def labelled_cases(dataset_dir: str | Path, split: str) -> list[dict[str, str]]:
 
     Raises:
         NothingFound: no table, a column that lacks, no case in that split, or a file of one that is not there.
+        SpaceMismatch: an image and its label that, by their headers, do not lie on one voxel grid.
+        UnreadableFile, UnreadableSeries: an image or label that cannot be used.
     """
     table = Path(dataset_dir) / "cases.csv"
     if not table.is_file():
@@ -44,7 +48,23 @@ def labelled_cases(dataset_dir: str | Path, split: str) -> list[dict[str, str]]:
                 raise NothingFound(
                     f"{folder / row[column]}: no such file, but {table} names it as {column} of {row['case_id']}"
                 )
+        try:
+            what = f"{table}: image and label of {row['case_id']}"
+            _space(folder / row["image"]).require_same(_space(folder / row["label"]), what=what)
+        except SpaceMismatch as error:
+            raise SpaceMismatch(f"{error}; correct the table, or resample the label to its image") from error
     return [
         {"image": str(folder / row["image"]), "label": str(folder / row["label"]), "case": row["case_id"]}
         for row in chosen
     ]
+
+
+def _space(file: Path) -> Space:
+    """The grid of one file, from its header."""
+    series = discover(file).series
+    if not series:
+        raise UnreadableFile(file, "an image is needed, but this is neither DICOM nor NIfTI; correct the table")
+    problem, space = series[0].problem, series[0].space
+    if problem is not None or space is None:
+        raise problem or AssertionError("a series has a space or a problem")
+    return space

@@ -21,7 +21,7 @@ from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.processing import apply_modality_lut
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from medvit.data.headers import Header, number_of, read_header
+from medvit.data.headers import Header, NotAnImage, number_of, read_header
 from medvit.data.slices import arrange
 from medvit.data.space import Space
 from medvit.data.volume import Source, Volume
@@ -93,10 +93,24 @@ def _split(members: Sequence[Header]) -> list[list[Header]]:
     return [sorted(group, key=lambda h: h.path) for group in groups]
 
 
-def assemble(headers: Sequence[Header], series: str) -> Assembly:
-    """Put one group of :func:`group_series` together, or say why not; ``series`` is what messages call it."""
+def assemble(headers: Sequence[Header], series: str, lost: Sequence[Path] = ()) -> Assembly:
+    """Put one group of :func:`group_series` together, or say why not.
+
+    Args:
+        headers: the group.
+        series: what messages call it.
+        lost: unreadable files that may be slices of it. With any the series is refused: a gap would be seen, but a
+            first or last slice that is missing leaves no trace.
+    """
     kept, notes = _without_duplicates(headers)
     files = tuple(header.path for header in kept)
+    if lost:
+        names = ", ".join(path.name for path in lost[:5]) + (", ..." if len(lost) > 5 else "")
+        reason = (
+            f"every slice is needed, but of the files beside it {len(lost)} cannot be read ({names}), and may be its "
+            "first or last slice; get them again, or move them elsewhere if they are not part of it"
+        )
+        return Assembly((*files, *lost), None, UnreadableSeries(series, "incomplete", reason), notes)
     broken = [header for header in kept if header.defect]
     if broken:
         code, reason = broken[0].defect or ("", "")
@@ -117,19 +131,20 @@ def _without_duplicates(headers: Sequence[Header]) -> tuple[list[Header], tuple[
     suspects: dict[Any, list[Header]] = defaultdict(list)
     for header in headers:
         suspects[header.instance_uid, header.plane and header.plane.position].append(header)
-    dropped: list[Path] = []
+    dropped: dict[Path, None] = {}  # in order, and quick to ask
     for copies in suspects.values():
         if len(copies) > 1 and copies[0].plane:
             seen: set[bytes] = set()
             for header in copies:
                 pixels = _stored_bytes(header.path)
                 if pixels is not None and pixels in seen:
-                    dropped.append(header.path)
+                    dropped[header.path] = None
                 elif pixels is not None:
                     seen.add(pixels)
     if not dropped:
         return list(headers), ()
-    note = f"duplicates of other files ignored: {len(dropped)} ({dropped[0].name}{', ...' if len(dropped) > 1 else ''})"
+    example = next(iter(dropped)).name + (", ..." if len(dropped) > 1 else "")
+    note = f"duplicates of other files ignored: {len(dropped)} ({example})"
     return [header for header in headers if header.path not in dropped], (note,)
 
 
@@ -160,9 +175,20 @@ def read_dicom(files: Iterable[str | Path], name: str = "") -> Volume:
 
     Raises:
         UnreadableFile: a file that is no DICOM image, or whose pixels cannot be decoded.
-        UnreadableSeries: files of several series, or a geometry that is not one regular 3D grid.
+        UnreadableSeries: files of several series, unreadable files among them, or a geometry that is not one regular 3D
+            grid.
     """
-    headers = [read_header(file) for file in dict.fromkeys(Path(file) for file in files)]
+    headers: list[Header] = []
+    unreadable: list[UnreadableFile] = []
+    for file in dict.fromkeys(Path(file) for file in files):
+        try:
+            headers.append(read_header(file))
+        except NotAnImage:
+            raise
+        except UnreadableFile as error:
+            unreadable.append(error)
+    if unreadable and not headers:
+        raise unreadable[0]
     if not headers:
         raise UnreadableSeries(name or "DICOM series", "no-files", "at least one file is needed")
     label = name or str(headers[0].path.parent if len(headers) > 1 else headers[0].path)
@@ -171,7 +197,7 @@ def read_dicom(files: Iterable[str | Path], name: str = "") -> Volume:
         found = "; ".join(f"{len(group)} files of {describe(group[0])}" for group in groups[:5])
         reason = f"the files of one series are needed, but these make {len(groups)}: {found}; give one of them"
         raise UnreadableSeries(label, "several-series", reason)
-    assembly = assemble(groups[0], label)
+    assembly = assemble(groups[0], label, [error.path for error in unreadable])
     if assembly.problem is not None or assembly.space is None:
         raise assembly.problem or AssertionError("an assembly has a space or a problem")
     array = np.empty(assembly.space.shape[::-1], dtype=np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,10 @@ _TAGS = [
     "SliceThickness",
 ]
 
+# Read to be compared with the description, never kept: operators type names and numbers of patients into it.
+_PATIENT_TAGS = ("PatientName", "PatientID", "PatientBirthDate", "OtherPatientNames", "OtherPatientIDs")
+_SHORTEST_SECRET = 3  # characters; less would eat words such as "T1" of a patient called so
+
 _PIXEL_TAGS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
 _UNDEFINED_LENGTH = 0xFFFFFFFF
 _MAX_COMPRESSION = 20_000  # bytes of pixels per byte of file; more is a forged header, not an image
@@ -68,6 +73,7 @@ class Header:
     """What one DICOM image file says about itself, pixels apart.
 
     Args:
+        description: SeriesDescription without the words that are part of the patient's name, number or birth date.
         plane: where it lies, or None: ``defect`` then says why.
         thickness: SliceThickness in mm, None where it is missing or makes no sense.
         localizer: the image is a scout, made to plan others.
@@ -120,7 +126,7 @@ def read_header(path: str | Path) -> Header:
                 raise UnreadableFile(path, "not a DICOM file" if start else "the file is empty")
             file.seek(0)
             ds = pydicom.dcmread(
-                file, stop_before_pixels=True, force=start[128:132] != b"DICM", specific_tags=list(_TAGS)
+                file, stop_before_pixels=True, force=start[128:132] != b"DICM", specific_tags=[*_TAGS, *_PATIENT_TAGS]
             )
             return _header(path, ds, file)
     except MedvitError:
@@ -162,7 +168,7 @@ def _header(path: Path, ds: Dataset, file: BinaryIO) -> Header:
         _text(ds, "SOPInstanceUID"),
         sop_class,
         _text(ds, "Modality").upper(),
-        _text(ds, "SeriesDescription"),
+        _description(ds),
         _integer(ds, "SeriesNumber"),
         _text(ds, "FrameOfReferenceUID") or None,
         matrix,
@@ -225,6 +231,19 @@ def _pixel_shortfall(ds: Dataset, samples: int, file: BinaryIO) -> str | None:
         needed = max(declared, expected)
         return f"the file is cut short: {max(present, 0)} of {needed} bytes of pixels are there; get it again"
     return None
+
+
+def _description(ds: Dataset) -> str:
+    description = _text(ds, "SeriesDescription")
+    secrets: set[str] = set()
+    for keyword in _PATIENT_TAGS if description else ():
+        try:
+            secrets.update(re.findall(r"[^\W_]+", _text(ds, keyword).casefold()))
+        except Exception:  # what cannot be decoded cannot be compared, and is no reason to lose an image
+            continue
+    secrets = {secret for secret in secrets if len(secret) >= _SHORTEST_SECRET}
+    kept = re.sub(r"[^\W_]+", lambda word: "" if word[0].casefold() in secrets else word[0], description)
+    return description if kept == description else " ".join(kept.split()).strip(" ^_-,;")
 
 
 def _text(ds: Dataset, keyword: str) -> str:

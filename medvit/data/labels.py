@@ -120,6 +120,7 @@ class LabelMap:
         space: the grid of ``array``, equal to the source's.
         source: the image that was segmented.
         structures: what each label means; every label that occurs must be among them.
+        notes: what a person should know of the image, one sentence each.
 
     Raises:
         ValueError: a dtype, shape or label that does not fit.
@@ -129,6 +130,7 @@ class LabelMap:
     space: Space
     source: Source
     structures: tuple[Structure, ...]
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.array.dtype not in (np.uint8, np.uint16):

@@ -39,10 +39,10 @@ class NiftiHeader:
 
 
 def stem(path: Path) -> str:
-    """File name without its NIfTI extension, of one or two parts."""
+    """File name without its NIfTI extension, of one or two parts; the whole name where nothing else would be left."""
     for suffix in sorted(SUFFIXES, key=len, reverse=True):
         if path.name.lower().endswith(suffix):
-            return path.name[: -len(suffix)]
+            return path.name[: -len(suffix)] or path.name
     return path.stem
 
 
@@ -111,9 +111,8 @@ def _checked(path: Path) -> tuple[Any, NiftiHeader]:
         image = nibabel.load(path, mmap=False)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UnreadableFile(
-            path, f"cannot be opened: {reason}" if error.errno else f"corrupt NIfTI file: {reason}"
-        ) from error
+        closed = error.errno or isinstance(error, FileNotFoundError)  # nibabel's own has no number
+        raise UnreadableFile(path, f"{'cannot be opened' if closed else 'corrupt NIfTI file'}: {reason}") from error
     except (ImageFileError, HeaderDataError, EOFError, ValueError, OverflowError, zlib.error) as error:
         raise UnreadableFile(path, f"not a readable NIfTI file ({_words(error)})") from error
     if not isinstance(image, Nifti1Pair):

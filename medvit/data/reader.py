@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from monai.utils import MetaKeys, SpaceKeys
 
 from medvit.data.dicom import read_dicom
 from medvit.data.nifti import SUFFIXES, read_nifti
-from medvit.data.study import discover
+from medvit.data.study import discover, is_folder
 from medvit.data.volume import Volume
 from medvit.errors import NothingFound, UnreadableSeries
 
@@ -30,9 +31,9 @@ def read_volume(paths: str | Path | Sequence[str | Path]) -> Volume:
     """
     files = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
     for file in files:
-        if not file.exists():
+        if not os.path.lexists(file):  # a link to nothing is a file that cannot be read
             raise NothingFound(f"{file}: no such file or folder")
-    if len(files) == 1 and files[0].is_dir():
+    if len(files) == 1 and is_folder(files[0]):
         return _read_only_series(files[0])
     nifti = [file for file in files if file.name.lower().endswith(SUFFIXES) and not _has_dicom_magic(file)]
     if not nifti:

@@ -82,13 +82,6 @@ class Space:
 
         return "".join(nibabel.orientations.aff2axcodes(self.affine))
 
-    @property
-    def shear(self) -> float:
-        """Largest deviation of two array axes from a right angle, in degrees; 0 for an orthogonal grid."""
-        axes = self.affine[:3, :3] / np.linalg.norm(self.affine[:3, :3], axis=0)
-        cosines = np.abs((axes.T @ axes)[np.triu_indices(3, 1)]).max()
-        return float(np.degrees(np.arcsin(min(cosines, 1.0))))
-
     def world(self, voxels: np.ndarray) -> np.ndarray:
         """Voxel coordinates ``(..., 3)`` to RAS+ mm ``(..., 3)``."""
         return np.asarray(np.asarray(voxels) @ self.affine[:3, :3].T + self.affine[:3, 3])

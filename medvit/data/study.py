@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +15,13 @@ from medvit.data import dicom, nifti
 from medvit.data.headers import Header, NotAnImage, looks_like_dicom, read_header
 from medvit.data.space import Space
 from medvit.data.volume import Volume
-from medvit.errors import MedvitError, NothingFound, UnreadableFile
+from medvit.errors import MedvitError, NothingFound, OutputError, UnreadableFile
 
 _DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 _JUNK = ("._", ".ds_store", "thumbs.db", "desktop.ini")
+_BLANK = "nothing in it but zero bytes"
+_MANIFEST = "manifest.jsonl"
+_STAGING = ".medvit-"  # folders that an interrupted run left behind
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,9 @@ class Series:
     """One candidate image, known from headers.
 
     Args:
-        kind: ``"dicom"`` or ``"nifti"``.
-        files: in slice order for DICOM whose geometry is proven, else sorted by path.
+        kind: ``"dicom"`` or ``"nifti"``; by its name for a file that cannot be opened.
+        files: in slice order for DICOM whose geometry is proven, else sorted by path. Those of an ``incomplete`` series
+            end with the unreadable files beside it, so that reading them fails as :meth:`read` does.
         name: stem for outputs, unique in its inventory; mirrors the input tree with ``/``. Never made of patient data.
         modality, description, study_uid, series_uid: from DICOM; ``""`` where unknown.
         space: its grid, None when it cannot be proven.
@@ -58,7 +63,7 @@ class Series:
 
 @dataclass(frozen=True)
 class SetAside:
-    """A file that is no candidate: ``not-an-image``, ``localizer`` or ``unreadable``."""
+    """A file that is no candidate: ``not-an-image``, ``localizer``, or ``result`` of an earlier run."""
 
     path: Path
     code: str
@@ -75,10 +80,11 @@ class Inventory:
 
 @dataclass(frozen=True)
 class _Found:
-    """One regular file and the input it was found under."""
+    """One file, the input it was found under, and the manifest of the run that made it."""
 
     path: Path
     base: Path
+    manifest: Path | None = None
 
 
 def discover(
@@ -89,7 +95,8 @@ def discover(
 ) -> Inventory:
     """List the image series in files and folder trees, by content and not by name, without reading pixels.
 
-    Never raises for a bad file: a broken image is a :class:`Series` with a ``problem``, anything else is set aside.
+    Never raises for a bad file: a broken image, and a file or folder that cannot be opened, is a :class:`Series` with a
+    ``problem``; anything else is set aside, as are the outputs that a ``manifest.jsonl`` below an input lists.
     Pixels are read only of DICOM files that claim to be copies of each other.
 
     Args:
@@ -99,29 +106,33 @@ def discover(
 
     Raises:
         NothingFound: an input path does not exist.
+        OutputError: ``exclude`` is an input.
     """
-    paths = [Path(inputs)] if isinstance(inputs, str | Path) else [Path(path) for path in inputs]
-    for path in paths:
-        if not path.exists():
-            raise NothingFound(f"{path}: no such file or folder")
-    headers: dict[Path, Header] = {}
+    paths = _checked(inputs, exclude)
+    headers: list[Header] = []
     bases: dict[Path, Path] = {}
     series: list[Series] = []
     set_aside: list[SetAside] = []
     for count, found in enumerate(_files(paths, exclude), start=1):
+        bases[found.path] = found.base
         entry = _examine(found)
         if isinstance(entry, Header):
-            headers[found.path], bases[found.path] = entry, found.base
+            headers.append(entry)
         elif isinstance(entry, SetAside):
             set_aside.append(entry)
         else:
             series.append(entry)
         if progress is not None:
             progress(count)
-    lost = Counter(aside.path.parent for aside in set_aside if aside.code == "unreadable")
-    lost.update(one.files[0].parent for one in series if one.kind == "dicom")
+    blank = _blank_slices(set_aside, headers)
+    set_aside = [aside for aside in set_aside if aside.path not in blank]
+    series += [_unreadable(_Found(path, bases[path]), "empty, among DICOM files named alike") for path in blank]
+    lost: dict[Path, list[Path]] = defaultdict(list)
+    for one in series:
+        if one.kind == "dicom" and not is_folder(one.files[0]):
+            lost[one.files[0].parent].append(one.files[0])
     named: list[tuple[str, Series | list[Header]]] = [(one.name, one) for one in series]
-    for group in dicom.group_series(headers.values()):
+    for group in dicom.group_series(headers):
         if group[0].localizer:
             set_aside += [SetAside(h.path, "localizer", "a scout image, made to plan others") for h in group]
         else:
@@ -133,27 +144,44 @@ def discover(
     return Inventory(tuple(complete), tuple(sorted(set_aside, key=lambda aside: aside.path)))
 
 
+def is_folder(path: Path) -> bool:
+    """True for a folder; unlike ``Path.is_dir`` False, and no exception, for a link to where there is no access."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
+def _checked(inputs: str | Path | Iterable[str | Path], exclude: str | Path | None) -> list[Path]:
+    """The inputs as absolute paths, so that those of one series have a common folder."""
+    given = [Path(inputs)] if isinstance(inputs, str | Path) else [Path(path) for path in inputs]
+    for path in given:
+        if not os.path.lexists(path):
+            raise NothingFound(f"{path}: no such file or folder")
+        if exclude is not None and path.resolve() == Path(exclude).resolve():
+            raise OutputError(f"{exclude}: is an input too; choose another output folder, inside it if you like")
+    return [path.absolute() for path in given]
+
+
 def _files(paths: Iterable[Path], exclude: str | Path | None) -> Iterator[_Found]:
     """Regular files below ``paths``, each once and each folder once, in sorted order."""
     seen_files: set[Path] = set()
     seen_folders: set[tuple[int, int]] = set()
-    if exclude is not None and Path(exclude).is_dir():
+    results: dict[Path, Path] = {}
+    if exclude is not None and is_folder(Path(exclude)):
         status = Path(exclude).stat()
         seen_folders.add((status.st_dev, status.st_ino))
     for path in paths:
-        if not path.is_dir():
+        if not is_folder(path):
             candidates: Iterable[Path] = [path]
             base = path.parent
         else:
-            candidates, base = _walk(path, seen_folders), path
+            candidates, base = _walk(path, seen_folders, results), path
         for file in candidates:
-            if (real := file.absolute()) not in seen_files:
-                seen_files.add(real)
-                yield _Found(file, base)
+            if file not in seen_files:
+                seen_files.add(file)
+                yield _Found(file, base, results.get(file))
 
 
-def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
-    """Files below ``folder``, and folders that cannot be listed."""
+def _walk(folder: Path, seen: set[tuple[int, int]], results: dict[Path, Path]) -> Iterator[Path]:
+    """Files below ``folder``, and folders that cannot be listed; manifests on the way are added to ``results``."""
     closed: list[OSError] = []
     for root, folders, names in os.walk(folder, followlinks=True, onerror=closed.append):
         status = Path(root).stat()
@@ -161,10 +189,29 @@ def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not name.startswith(_STAGING))
+        if _MANIFEST in names:
+            manifest = Path(root) / _MANIFEST
+            results.update(dict.fromkeys(_outputs(manifest), manifest))
         for name in sorted(names):
             yield Path(root) / name
     yield from (Path(str(error.filename)) for error in closed)
+
+
+def _outputs(manifest: Path) -> Iterator[Path]:
+    """Files that the records of a run name as its outputs; lines that are none of such records do not count."""
+    try:
+        if not manifest.is_file():  # a pipe would block for ever
+            return
+        lines = manifest.read_bytes().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        try:
+            outputs = json.loads(line)["outputs"]
+            yield from [manifest.parent / output for output in outputs]
+        except (ValueError, KeyError, TypeError, RecursionError):  # failed cases have no outputs; damaged lines
+            continue
 
 
 def _examine(found: _Found) -> Header | Series | SetAside:
@@ -173,16 +220,18 @@ def _examine(found: _Found) -> Header | Series | SetAside:
     lower = path.name.lower()
     if lower.startswith(_JUNK):
         return SetAside(path, "not-an-image", "a file of the operating system")
+    if found.manifest is not None:
+        return SetAside(path, "result", f"a result of an earlier run, listed in {found.manifest}")
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
-            return SetAside(path, "unreadable", "the folder cannot be listed")
+            return _unreadable(found, "the folder cannot be listed")
         if not stat.S_ISREG(mode):  # a pipe would block for ever
             return SetAside(path, "not-an-image", "not a regular file")
         with path.open("rb") as file:
             start = file.read(132)
     except OSError as error:
-        return SetAside(path, "unreadable", f"cannot be opened: {error.strerror or error}")
+        return _unreadable(found, f"cannot be opened: {error.strerror or error}")
     if lower.endswith(nifti.SUFFIXES) and start[128:132] != b"DICM":
         return _nifti_series(found)
     if looks_like_dicom(start):
@@ -194,8 +243,27 @@ def _examine(found: _Found) -> Header | Series | SetAside:
             if start[128:132] == b"DICM":  # surely meant to be DICOM: a broken candidate, not a stray file
                 return Series("dicom", (path,), _relative(path.with_suffix(""), found.base), problem=error)
     if lower.endswith(_DICOM_SUFFIXES):
-        return SetAside(path, "unreadable", "named like DICOM, but " + ("not DICOM inside" if start else "empty"))
-    return SetAside(path, "not-an-image", "neither DICOM nor NIfTI")
+        return _unreadable(found, "named like DICOM, but " + ("not DICOM inside" if start else "empty"))
+    return SetAside(path, "not-an-image", "neither DICOM nor NIfTI" if start.strip(b"\0") else _BLANK)
+
+
+def _unreadable(found: _Found, reason: str) -> Series:
+    """A file that may be an image, or a folder that may hold some: it must count as a failure and not vanish."""
+    kind = "nifti" if found.path.name.lower().endswith(nifti.SUFFIXES) else "dicom"
+    problem = UnreadableFile(found.path, f"{reason}; get it again, or move it elsewhere if it is no image")
+    return Series(kind, (found.path,), _relative(found.path, found.base), problem=problem)
+
+
+def _blank_slices(set_aside: Iterable[SetAside], headers: Iterable[Header]) -> list[Path]:
+    """Files of zero bytes only, numbered and with the extension of DICOM files in the same folder: lost slices."""
+
+    def place(path: Path) -> tuple[Path, str]:
+        # an extension has letters: of a name like 1.2.840.5 the last number is none
+        return path.parent, path.suffix.lower() if any(c.isalpha() for c in path.suffix) else ""
+
+    occupied = {place(header.path) for header in headers}
+    blank = [aside.path for aside in set_aside if aside.reason == _BLANK]
+    return [path for path in blank if any(c.isdigit() for c in path.name) and place(path) in occupied]
 
 
 def _nifti_series(found: _Found) -> Series | SetAside:
@@ -216,18 +284,20 @@ def _dicom_name(group: list[Header], base: Path) -> str:
     first = group[0]
     title = first.description or first.modality or ("" if first.series_number is not None else "series")
     parts = ["" if first.series_number is None else str(first.series_number), _sanitised(title)]
-    folder = Path(os.path.commonpath([header.path.parent for header in group]))
+    try:
+        folder = Path(os.path.commonpath([header.path.parent for header in group]))
+    except ValueError:  # on two drives
+        folder = first.path.parent
     return _relative(folder / "_".join(part for part in parts if part), base)
 
 
-def _dicom_series(group: list[Header], name: str, lost: Counter[Path]) -> Series:
+def _dicom_series(group: list[Header], name: str, lost: dict[Path, list[Path]]) -> Series:
     first = group[0]
-    assembly = dicom.assemble(group, name)
+    folders = sorted({header.path.parent for header in group})
+    assembly = dicom.assemble(group, name, [path for folder in folders for path in lost.get(folder, ())])
     notes = assembly.notes
     if not first.series_uid:
         notes += ("no SeriesInstanceUID: the files of its folder were taken together",)
-    if unreadable := sum(lost[parent] for parent in {header.path.parent for header in group}):
-        notes += (f"unreadable files beside it: {unreadable}; a first or last slice may be missing",)
     return Series(
         "dicom",
         assembly.files,
@@ -243,10 +313,9 @@ def _dicom_series(group: list[Header], name: str, lost: Counter[Path]) -> Series
 
 
 def _relative(path: Path, base: Path) -> str:
-    try:
+    if path != base and path.is_relative_to(base):
         return path.relative_to(base).as_posix()
-    except ValueError:  # a series whose files lie under several inputs
-        return path.name
+    return path.name  # a series whose files lie under several inputs; a folder that cannot be listed
 
 
 def _sanitised(text: str) -> str:

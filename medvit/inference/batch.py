@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from medvit.data.labels import LabelMap
-from medvit.errors import MedvitError, OutputError
+from medvit.errors import MedvitError, OutputError, UnreadableFile
 from medvit.inference.predictor import Predictor, root_cause
 from medvit.writers.base import Writer, with_suffix
 from medvit.writers.table import write_volumes
@@ -35,19 +36,20 @@ class FolderRunner:
     """Runs a predictor over cases and writes each result; safe to interrupt and to resume.
 
     In ``output_dir`` each case gets ``<case><writer suffix>`` for every writer that applies, all of them or none:
-    results are written to a staging folder and moved when the whole case has succeeded. ``manifest.jsonl`` gains one
-    line per attempted case; the last line with status ``ok`` describes the files that are there, since a failed attempt
-    leaves earlier results alone. ``volumes.csv`` and ``volumes.json`` hold the volumes of all cases that are done. No
-    clock time is written, and no path outside ``output_dir`` but in the reasons of failures: equal inputs give equal
-    bytes, DICOM objects excepted, whose identifiers are new each time.
+    results are written to a staging folder and moved, one after the other, when the whole case has succeeded.
+    ``manifest.jsonl`` gains one line per attempted case; the last line with status ``ok`` describes the files that are
+    there, since a failed attempt leaves earlier results alone. ``volumes.csv`` and ``volumes.json`` hold the volumes of
+    all cases that are done. No clock time is written, and no path outside ``output_dir`` but in the reasons of
+    failures: equal inputs give equal bytes, DICOM objects excepted, whose identifiers are new each time.
 
     Args:
         cases: ``{"image": path or paths, "case": name}`` each, names unique and relative with ``/``.
         predictor: segments one case.
         writers: output formats.
         output_dir: created if needed.
-        existing: what happens to a case with results: ``"refuse"`` fails it, ``"overwrite"`` replaces them when the new
-            ones are complete, ``"resume"`` keeps them if they came from the same ``provenance`` and fails it otherwise.
+        existing: what happens to a case with results: ``"refuse"`` fails it, ``"overwrite"`` replaces them when new
+            ones are complete (those of formats not asked for now are removed), ``"resume"`` keeps them if they came
+            from the same image and ``provenance`` and fails it otherwise.
         provenance: facts for every manifest line, such as bundle, version and weights hash; for JSON.
 
     Raises:
@@ -106,49 +108,56 @@ class FolderRunner:
         Raises:
             OutputError: ``output_dir`` cannot be written at all.
         """
-        done = self._prepare()
+        known = self._prepare()
         try:
             for case in self.cases:
-                record = self._one(case, done)
+                record = self._one(case, known.get(str(case["case"])))
                 if record["status"] != "skipped":
                     _append(self.output_dir / MANIFEST, record)
                 if record["status"] == "ok":
-                    done[record["case"]] = record
+                    known[record["case"]] = record
                 yield record
         finally:
+            done = {name: record for name, record in known.items() if self._is_complete(record)}
             rows = [{"case": name, **row} for name in sorted(done) for row in done[name]["volumes"]]
             write_volumes(rows, self.output_dir, overwrite=True)
 
     def _prepare(self) -> dict[str, dict[str, Any]]:
-        """Make the output folder, see that it can be written, and read which cases are done: their manifest records."""
+        """Make the output folder, see that it can be written, and read the last record of each case that succeeded."""
         path = self.output_dir / MANIFEST
         _append(path)
-        done = {}
+        known = {}
         try:
             with path.open("rb") as file:
                 for number, line in enumerate(file, 1):
                     try:
                         record = json.loads(line)
-                        if record["status"] == "ok" and self._is_complete(record) and record["volumes"]:
-                            done[record["case"]] = record
+                        if record["status"] == "ok" and record["outputs"] and record["volumes"]:
+                            known[record["case"]] = record
                     except (ValueError, KeyError, TypeError):  # an interrupted write can leave half a line
                         logger.warning("%s: line %d is damaged and was ignored", path, number)
         except OSError as error:
             raise OutputError(f"{path}: cannot be read ({error.strerror}); choose another output folder") from error
-        return done
+        return known
 
     def _is_complete(self, record: Mapping[str, Any]) -> bool:
         return all((self.output_dir / output).is_file() for output in record["outputs"])
 
-    def _one(self, case: Mapping[str, Any], done: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    def _one(self, case: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Run one case; ``before`` is the record of its last success in this output folder."""
         name = str(case["case"])
         record: dict[str, Any] = {"case": name, "status": "ok", "code": None, "reason": None}
         try:
-            if self._is_done(name, done.get(name)):
-                return {**done[name], "status": "skipped", "reason": "done before, in the same way"}
+            identity = _identity(case) | self.provenance
+            record |= identity
+            if self._is_done(name, before, identity):
+                return {**(before or {}), "status": "skipped", "reason": "done before, in the same way"}
             label_map = self.predictor(case)
+            outputs = self._write(name, label_map)
+            for stale in set(before["outputs"] if before else ()) - set(outputs):  # of formats not asked for now
+                (self.output_dir / stale).unlink(missing_ok=True)
             record |= {
-                "outputs": self._write(name, label_map),
+                "outputs": outputs,
                 "files": len(label_map.source.files),
                 "kind": label_map.source.kind,
                 "modality": label_map.source.modality,
@@ -156,17 +165,20 @@ class FolderRunner:
                 "shape": list(label_map.space.shape),
                 "spacing_mm": [round(v, 6) for v in label_map.space.spacing],
                 "orientation": label_map.space.orientation,
+                "notes": list(label_map.notes),
                 "volumes": label_map.volumes(),
             }
         except Exception as error:
-            record |= _failure(error)
+            record |= _failure(error) | self.provenance
             logger.debug("case %s failed", name, exc_info=True)
-        return record | self.provenance
+        return record
 
-    def _is_done(self, name: str, before: Mapping[str, Any] | None) -> bool:
-        """Whether the case can be skipped; refuses one whose results would be lost."""
+    def _is_done(self, name: str, before: Mapping[str, Any] | None, identity: Mapping[str, Any]) -> bool:
+        """Whether the case can be skipped; refuses one whose results would be lost or mistaken for those of another."""
         stem = self.output_dir / name
-        present = [path for w in self.writers if os.path.lexists(path := with_suffix(stem, w.suffix))]
+        paths = {with_suffix(stem, w.suffix) for w in self.writers}
+        paths |= {self.output_dir / output for output in (before["outputs"] if before else ())}
+        present = sorted(path for path in paths if os.path.lexists(path))
         if not present or self.existing == "overwrite":
             return False
         if self.existing == "refuse":
@@ -175,11 +187,11 @@ class FolderRunner:
             raise OutputError(
                 f"{present[0]}: exists, but by the manifest this case was never finished; remove or overwrite it"
             )
-        if changed := [key for key, value in self.provenance.items() if before.get(key) != value]:
+        if changed := [key for key, value in identity.items() if before.get(key) != value]:
             raise OutputError(
                 f"{present[0]}: was made with other {', '.join(changed)}; choose another output folder, or overwrite"
             )
-        return True
+        return self._is_complete(before)  # a missing file is made again, together with the others
 
     def _write(self, name: str, label_map: LabelMap) -> list[str]:
         """Write every format to a staging folder, then move all to their places; returns names below ``output_dir``."""
@@ -202,6 +214,23 @@ class FolderRunner:
         except OutputError as error:  # a person looks for the file under its final name
             raise OutputError(str(error).replace(staging, str(stem.parent))) from error
         return [target.relative_to(self.output_dir).as_posix() for target in targets]
+
+
+def _identity(case: Mapping[str, Any]) -> dict[str, str]:
+    """Which image a case is: a name for people, a hash of all its bytes for machines."""
+    image = case["image"]
+    files = [Path(image)] if isinstance(image, str | Path) else [Path(file) for file in image]
+    name = files[0].name if len(files) == 1 else files[0].parent.name
+    if files[0].suffix == ".hdr" and (voxels := files[0].with_suffix(".img")).is_file():
+        files.append(voxels)
+    hashes = []
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+        except OSError as error:
+            raise UnreadableFile(path, f"cannot be opened: {error.strerror}") from error
+    return {"input": name, "input_sha256": hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest()}
 
 
 def record_failed_run(output_dir: str | Path, error: MedvitError) -> None:
@@ -245,7 +274,7 @@ def _failure(error: Exception) -> dict[str, str]:
     cause = root_cause(error)
     if isinstance(cause, MedvitError):
         code, reason = cause.code, str(cause)
-    elif isinstance(cause, torch.OutOfMemoryError | MemoryError):
+    elif isinstance(cause, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(cause):
         code, reason = "out-of-memory", "not enough memory; use a smaller batch_size or the CPU"
     else:
         # not quoting an error that is not ours: it may hold what a header says, which may be the patient's name

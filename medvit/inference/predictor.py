@@ -46,14 +46,17 @@ class Predictor:
         """Label map of one case on the grid of its files.
 
         Args:
-            case: ``{"image": path or paths, "case": name}``, as :func:`medvit.data.list_cases` gives.
+            case: ``{"image": path or paths, "case": name}`` and perhaps ``"notes"`` about the image, as
+                :func:`medvit.data.list_cases` gives.
 
         Raises:
             MedvitError: the case cannot be read or placed; MONAI wraps it, see :func:`root_cause`.
         """
         item = self.preprocessing(dict(case))
         image = item["image"]
-        with torch.inference_mode():
+        # one answer per image, whichever way the process was started
+        exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+        with torch.inference_mode(), exact:
             logits = self.inferer(image[None].to(self.device), self.network)[0]
         labels: MetaTensor = self.postprocessing({**item, "pred": logits})["pred"]
         meta = image.meta
@@ -68,7 +71,8 @@ class Predictor:
             name=str(case["case"]),
         )
         space = Space.from_affine(array.shape, affine, meta.get("frame_of_reference"))
-        return LabelMap(array, space, source, self.structures)
+        notes = dict.fromkeys((*case.get("notes", ()), *str(meta["medvit_notes"]).splitlines()))
+        return LabelMap(array, space, source, self.structures, tuple(notes))
 
 
 def root_cause(error: BaseException) -> BaseException:

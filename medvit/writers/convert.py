@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from medvit.writers.nifti import write_volume
 
 if TYPE_CHECKING:
     from medvit.data.study import Inventory, Series
+
+_log = logging.getLogger("medvit")
 
 
 def convert(inventory: Inventory, output_dir: Path, *, overwrite: bool = False) -> Iterator[dict[str, Any]]:
@@ -54,7 +57,9 @@ def _convert_one(series: Series, path: Path, overwrite: bool) -> dict[str, Any]:
         outcome = ("rejected", error.code, str(error))
     except Exception as error:  # one bad series, whatever is bad about it, must not cost the others
         # not one of ours: its text may quote the header, which may hold the patient's name
-        outcome = ("rejected", "error", f"{series.name}: {type(error).__name__} while converting")
+        reason = f"{type(error).__name__} while converting; the debug log (--verbose) has the traceback, report it"
+        outcome = ("rejected", "internal", f"{series.name}: {reason}")
+        _log.debug("%s: not converted", series.name, exc_info=True)
     if space is not None:
         spacing = [round(step, 6) for step in space.spacing]
         known.update(shape=list(space.shape), spacing=spacing, orientation=space.orientation)

@@ -86,7 +86,10 @@ def references(text):
 def test_files(root):
     needed = ("LICENSE", "configs/metadata.json", "configs/inference.json", "configs/logging.conf", "docs/README.md")
     assert [name for name in needed if not (root / name).is_file()] == []
-    assert list((root / "models").glob("*.pt")) in ([], [root / "models/model.pt"])  # other tools offer every *.pt
+    assert list((root / "models").glob("*.pt")) == [root / "models/model.pt"]  # other tools offer every *.pt
+    assert Bundle(root).metadata["eval_metrics"]  # measured, and stated in the card too
+    card = (root / "docs/README.md").read_text(encoding="utf-8")
+    assert [str(value) for value in Bundle(root).metadata["eval_metrics"].values() if str(value) not in card] == []
 
 
 def test_json_is_plain(root):
@@ -160,7 +163,8 @@ def test_it_verifies_and_its_weights_load_strictly(root):
 def test_training_and_inference_see_the_same_image(root, tmp_path):
     if not (root / "configs/train.json").exists():
         pytest.skip("this bundle is not trained here")
-    image = (blobs((20, 30, 25)) + np.random.default_rng(0).integers(0, 50, (20, 30, 25))).astype(np.int16)
+    shape = (28, 48, 20)
+    image = (blobs(shape) + np.random.default_rng(0).integers(0, 50, shape)).astype(np.int16)
     path = str(write_nifti(tmp_path / "a.nii.gz", image, make_affine("oblique", (1.3, 0.8, 2.0))))
     seen = Bundle(root).parser().get_parsed_content("preprocessing")({"image": path})["image"]
     trained = Bundle(root).parser("train", dataset_dir=tmp_path).get_parsed_content("validate::preprocessing")
@@ -358,7 +362,7 @@ def test_training_is_reproducible_and_resumes(root, tmp_path, caplog):
         len(re.findall(r"Metrics -- val_dice_\w+: [\d.]+ val_dice_\w+: [\d.]+ val_mean_dice: [\d.]+", caplog.text)) == 2
     )
     assert sorted(p.name for p in (tmp_path / "whole").iterdir()) == [
-        "best.pt", "checkpoint_epoch=1.pt", "checkpoint_epoch=2.pt",
+        "checkpoint_epoch=1.pt", "checkpoint_epoch=2.pt", "final.pt",
     ]  # fmt: skip
 
     halted = {"output_dir": str(tmp_path / "halted"), "train::trainer::max_epochs": 1}
@@ -405,7 +409,24 @@ def test_other_trainings_start(root, tmp_path, caplog):
     for stems in others:
         out = tmp_path / stems[1]
         trained(root, *stems, dataset_dir=str(tmp_path / "cohort"), output_dir=str(out), max_epochs=1).run()
-        assert (out / "best.pt").is_file()
+        assert (out / "final.pt").is_file()
+
+
+@pytest.mark.slow
+def test_fine_tuning_starts_from_the_weights_of_the_bundle(root, tmp_path):
+    if not (root / "configs/finetune.json").exists():
+        pytest.skip("this bundle has no second stage")
+    write_cohort(tmp_path / "cohort")
+    still = {"learning_rate": 0.0, "weight_decay": 0.0, "max_epochs": 1}
+    options = {"dataset_dir": str(tmp_path / "cohort"), "output_dir": str(tmp_path / "out"), **still}
+    trained(root, "train", "finetune", **options).run()
+    final, shipped = torch.load(tmp_path / "out/final.pt", weights_only=True), Bundle(root).network().state_dict()
+    assert final.keys() == shipped.keys()
+    for key, value in shipped.items():
+        torch.testing.assert_close(final[key], value, rtol=1e-5, atol=1e-7)
+    # and so on several processes: what is distributed is what was started from
+    together = Bundle(root).parser("train", "finetune", "multi_gpu_train").get()
+    assert together["start"]["_target_"] == "medvit.bundle.load_network" and "@start" in together["network"]["module"]
 
 
 @pytest.mark.slow
@@ -424,7 +445,7 @@ def test_training_on_two_processes(root, tmp_path):
     )
     assert len(re.findall(r"train_loss: \d", said)) == 1  # one process speaks
     assert len(re.findall(r"Metrics -- ", said)) == 1
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["best.pt", "checkpoint_epoch=1.pt"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["checkpoint_epoch=1.pt", "final.pt"]
     state = checkpoint(tmp_path / "out", 1)
     assert (
         set(state["network"]) == set(state["ema"]) == set(Bundle(root).network().state_dict())

@@ -9,7 +9,7 @@ from data_synthetic import make_affine, phantom, write_dicom_series, write_nifti
 
 from medvit.data.cases import list_cases
 from medvit.data.reader import read_volume
-from medvit.errors import MedvitError, NothingFound
+from medvit.errors import MedvitError, NothingFound, OutputError, UnreadableFile, UnreadableSeries
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_lists_everything_by_name(folder):
 def test_other_modalities_are_skipped_with_a_line(folder, caplog):
     with caplog.at_level(logging.INFO, "medvit"):
         cases = list_cases(folder, ["mr"], key="t1")
-    assert [case["case"] for case in cases] == ["p1/3_T1", "p2/twin"] and set(cases[0]) == {"t1", "case"}
+    assert [case["case"] for case in cases] == ["p1/3_T1", "p2/twin"] and set(cases[0]) == {"t1", "case", "notes"}
     assert "p1/3_Head: skipped, its modality is CT and not MR" in caplog.text
     assert "readme.txt: set aside (not-an-image)" in caplog.text
 
@@ -59,10 +59,31 @@ def test_broken_candidates_are_listed_so_that_they_fail(folder):
             read_volume(cases[name])
 
 
-def test_unreadable_files_are_warned_about(folder, caplog):
-    (folder / "zero.dcm").touch()
-    list_cases(folder)
-    assert "zero.dcm: set aside (unreadable): named like DICOM, but empty" in caplog.text
+def test_unreadable_files_are_cases_that_fail(folder):
+    (folder / "p1" / "zero.dcm").touch()
+    cases = {case["case"]: case["image"] for case in list_cases(folder, ["MR"])}
+    assert list(cases) == ["p1/3_T1", "p1/zero.dcm", "p2/twin"]
+    with pytest.raises(UnreadableFile, match=r"zero\.dcm: the file is empty"):
+        read_volume(cases["p1/zero.dcm"])
+    with pytest.raises(UnreadableSeries, match=r"1 cannot be read \(zero\.dcm\)") as caught:
+        read_volume(cases["p1/3_T1"])
+    assert caught.value.code == "incomplete"
+
+
+def test_notes_of_discovery_come_along(folder):
+    write_nifti(folder / "p2" / "hole.nii", phantom(), make_affine(), sform_code=0, qform_code=0)
+    notes = {case["case"]: case["notes"] for case in list_cases(folder)}
+    assert notes == {
+        "p1/3_Head": [],
+        "p1/3_T1": [],
+        "p2/hole": ["its orientation is unknown: neither sform nor qform is set"],
+        "p2/twin": [],
+    }
+
+
+def test_the_output_folder_cannot_be_the_input(folder):
+    with pytest.raises(OutputError, match="is an input too; choose another output folder"):
+        list_cases(folder, exclude=folder)
 
 
 def test_nothing_found_says_what_was_looked_for_and_what_is_there(folder, tmp_path):

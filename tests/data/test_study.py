@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 from pathlib import Path
@@ -8,8 +9,9 @@ import pytest
 from data_synthetic import make_affine, phantom, write_dicom_series, write_nifti
 from pydicom.data import get_testdata_file
 
+from medvit.data.reader import read_volume
 from medvit.data.study import discover
-from medvit.errors import NothingFound, UnreadableFile, UnreadableSeries
+from medvit.errors import MedvitError, NothingFound, OutputError, UnreadableFile, UnreadableSeries
 
 BUNDLED = Path(get_testdata_file("MR_small.dcm", download=False)).parent
 
@@ -128,9 +130,13 @@ def test_symbolic_link_loops_and_dead_links(tmp_path):
     write_nifti(tmp_path / "a" / "x.nii", phantom(), make_affine())
     (tmp_path / "a" / "up").symlink_to(tmp_path)
     (tmp_path / "dead.nii").symlink_to(tmp_path / "nowhere")
-    inventory = discover(tmp_path)
-    assert [one.name for one in inventory.series] == ["a/x"]
-    assert [(aside.path.name, aside.code) for aside in inventory.set_aside] == [("dead.nii", "unreadable")]
+    good, dead = discover(tmp_path).series
+    assert (good.name, good.problem) == ("a/x", None)
+    assert (dead.name, dead.kind) == ("dead.nii", "nifti")
+    for read in (dead.read, lambda: read_volume(dead.files)):
+        with pytest.raises(UnreadableFile, match=r"dead\.nii: cannot be opened: No such file"):
+            read()
+    assert discover(tmp_path / "dead.nii").series[0].problem is not None
 
 
 def test_pipes_do_not_block(tmp_path):
@@ -149,8 +155,11 @@ def test_a_closed_folder_is_named(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    (aside,) = discover(tmp_path).set_aside
-    assert (aside.path, aside.code, aside.reason) == (closed, "unreadable", "the folder cannot be listed")
+    for inputs, name in ((tmp_path, "closed"), (closed, "closed")):
+        (one,) = discover(inputs).series
+        assert (one.files, one.name) == ((closed,), name)
+        with pytest.raises(UnreadableFile, match="closed: the folder cannot be listed; get it again, or move it"):
+            read_volume(one.files)
 
 
 def test_files_of_operating_systems(tmp_path):
@@ -174,17 +183,125 @@ def test_a_dicom_file_without_a_readable_header_is_a_candidate_with_a_problem(tm
     (tmp_path / "cut.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"\2\0\0\0UL\4\0")
     good, bad = discover(tmp_path).series
     assert bad.name == "cut" and isinstance(bad.problem, UnreadableFile)
-    assert good.problem is None
-    assert good.notes == ("unreadable files beside it: 1; a first or last slice may be missing",)
+    assert good.problem is not None and good.problem.code == "incomplete" and "(cut.dcm)" in str(good.problem)
 
 
-def test_an_empty_dicom_file_is_set_aside_and_its_neighbours_say_so(tmp_path):
-    write_dicom_series(tmp_path, phantom(), make_affine())
-    (tmp_path / "zero.dcm").touch()
+@pytest.mark.parametrize("k", [0, 2, 4])
+@pytest.mark.parametrize("content", [b"", b"\0" * 5000])
+def test_an_emptied_slice_is_not_lost_in_silence(tmp_path, k, content):
+    """The first and the last one leave no gap."""
+    files = write_dicom_series(tmp_path / "a", phantom(), make_affine())
+    write_dicom_series(tmp_path / "b", phantom(), make_affine())
+    files[k].write_bytes(content)
+    series, lost, other = discover(tmp_path).series
+    assert other.problem is None
+    assert (lost.name, lost.files) == (f"a/{files[k].name}", (files[k],))
+    assert lost.problem is not None and lost.problem.code == "unreadable" and "named like DICOM" in str(lost.problem)
+    assert series.problem is not None and series.problem.code == "incomplete" and series.space is None
+    reason = f"of the files beside it 1 cannot be read ({files[k].name}), and may be its first or last slice; get them"
+    assert reason in str(series.problem)
+    for one in (series, lost):  # what `predict` does comes to the same as what discovery says
+        with pytest.raises(MedvitError) as caught:
+            read_volume(one.files)
+        assert caught.value.code == one.problem.code and files[k].name in str(caught.value)
+
+
+@pytest.mark.parametrize("extension", ["", ".5", ".xyz"])
+def test_an_emptied_slice_is_known_by_the_names_of_its_neighbours(tmp_path, extension):
+    files = [
+        file.rename(file.with_suffix(extension)) for file in write_dicom_series(tmp_path, phantom(), make_affine())
+    ]
+    files[4].write_bytes(b"")
+    for name in ("LOCKFILE", "1.txt"):
+        (tmp_path / name).touch()
     inventory = discover(tmp_path)
-    assert inventory.set_aside[0].code == "unreadable"
-    assert inventory.series[0].notes == ("unreadable files beside it: 1; a first or last slice may be missing",)
-    assert inventory.series[0].read().notes == inventory.series[0].notes
+    assert sorted(one.problem.code for one in inventory.series) == ["incomplete", "unreadable"]
+    assert {aside.path.name: aside.reason for aside in inventory.set_aside} == dict.fromkeys(
+        ("LOCKFILE", "1.txt"), "nothing in it but zero bytes"
+    )
+
+
+def test_junk_and_broken_nifti_beside_a_series_do_not_spoil_it(tmp_path):
+    write_dicom_series(tmp_path, phantom(), make_affine())
+    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "dead.nii").symlink_to(tmp_path / "nowhere")
+    assert [one.problem is None for one in discover(tmp_path).series] == [True, False]
+
+
+@pytest.mark.parametrize("name", [".nii", ".nii.gz", ".dcm"])
+def test_a_name_that_is_an_extension_only(tmp_path, name):
+    if name == ".dcm":
+        (tmp_path / name).touch()
+    else:
+        write_nifti(tmp_path / name, phantom(), make_affine())
+    (one,) = discover(tmp_path).series
+    assert one.name == name and (one.problem is None) == (name != ".dcm")
+
+
+def test_a_series_below_a_relative_and_an_absolute_input(tmp_path, monkeypatch):
+    files = write_dicom_series(tmp_path / "a", phantom(), make_affine())
+    (tmp_path / "b").mkdir()
+    files[0].rename(tmp_path / "b" / files[0].name)
+    monkeypatch.chdir(tmp_path)
+    (one,) = discover(["a", tmp_path / "b"]).series
+    assert one.problem is None and len(one.files) == 5 and all(file.is_absolute() for file in one.files)
+
+    def on_two_drives(paths):
+        raise ValueError("Paths don't have the same drive")
+
+    monkeypatch.setattr(os.path, "commonpath", on_two_drives)
+    assert discover(["a", tmp_path / "b"]).series[0].name == "3_T1_test"
+
+
+def test_results_of_earlier_runs_are_set_aside(tmp_path):
+    for name in ("scan.nii", "run/p1/scan_seg.nii", "run/p1/mine.nii", "run/.medvit-x/scan_seg.nii", "a/scan_seg.nii"):
+        write_nifti(tmp_path / name, phantom(), make_affine())
+    lines = (b"[1]", b'"x"', b'{"outputs": 3}', b'{"outputs": [4]}', b'{"half', b"\xff", b"[" * 100_000, b"")
+    record = {"case": "p1/scan", "status": "ok", "outputs": ["p1/scan_seg.nii", "p1/gone.png", "../scan.nii"]}
+    (tmp_path / "run/manifest.jsonl").write_bytes(b"\n".join((*lines, json.dumps(record).encode(), b'{"case": "y"}')))
+    (tmp_path / "a/manifest.jsonl").mkdir()
+    inventory = discover(tmp_path)
+    assert [one.name for one in inventory.series] == ["a/scan_seg", "run/p1/mine", "scan"]
+    (result,) = [aside for aside in inventory.set_aside if aside.code == "result"]
+    assert result.path == tmp_path / "run/p1/scan_seg.nii"
+    assert result.reason == f"a result of an earlier run, listed in {tmp_path / 'run/manifest.jsonl'}"
+    # who names a result means it
+    assert [one.name for one in discover(tmp_path / "run/p1/scan_seg.nii").series] == ["scan_seg"]
+
+
+def test_the_excluded_folder_cannot_be_an_input(tmp_path, monkeypatch):
+    write_nifti(tmp_path / "a/scan.nii", phantom(), make_affine())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("a")
+    for inputs in ("a", [tmp_path, tmp_path / "a"], "link"):
+        with pytest.raises(OutputError, match="a: is an input too; choose another output folder, inside it if you"):
+            discover(inputs, exclude="a")
+    assert [one.name for one in discover("a", exclude="a/out").series] == ["scan"]
+
+
+@pytest.mark.parametrize(
+    ("written", "kept", "name"),
+    [
+        ("T1 DOE JOHN", "T1", "3_T1"),
+        ("doe_john^T1-axial", "T1-axial", "3_T1-axial"),
+        ("T1 (Doe) AB 4711-x 19700102 Roe", "T1 () AB -x", "3_T1_AB_-x"),
+        ("Doe", "", "3_MR"),
+        ("T1  Doenitz", "T1  Doenitz", "3_T1_Doenitz"),
+    ],
+)
+def test_descriptions_that_name_the_patient(tmp_path, written, kept, name):
+    write_dicom_series(
+        tmp_path,
+        phantom(),
+        make_affine(),
+        SeriesDescription=written,
+        PatientName="Doe^John^AB",
+        PatientID="4711",
+        PatientBirthDate="19700102",
+        OtherPatientNames=["Smith^John", "Roe^John"],
+    )
+    (one,) = discover(tmp_path).series
+    assert (one.description, one.name) == (kept, name)
 
 
 def test_a_truncated_slice_spoils_its_series_only(tmp_path):

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import logging
 import os
@@ -20,16 +21,17 @@ STRUCTURES = (Structure(1, "shell", CODE, CODE, (255, 0, 0)), Structure(2, "core
 
 
 def predict(case):
-    """A label map with ``case["image"]`` voxels of label 1; an exception is raised instead."""
-    if isinstance(case["image"], BaseException):
-        raise case["image"]
+    """A label map with ``case["answer"]`` voxels of label 1; an exception is raised instead."""
+    if isinstance(case["answer"], BaseException):
+        raise case["answer"]
     array = np.zeros((4, 5, 6), np.uint8)
-    array.ravel()[: case["image"]] = 1
+    array.ravel()[: case["answer"]] = 1
     return LabelMap(
         array,
         Space.from_affine(array.shape, np.diag([1, 2, 0.5, 1])),
         Source("test", (Path("a"), Path("b"))),
         STRUCTURES,
+        tuple(case.get("notes", ())),
     )
 
 
@@ -58,8 +60,20 @@ class Inapplicable:
         return None
 
 
+@pytest.fixture(autouse=True)
+def inputs(tmp_path_factory):
+    """Where :func:`runner` puts the input files, whose contents are the answers."""
+    runner.inputs = tmp_path_factory.mktemp("inputs")
+    return runner.inputs
+
+
 def runner(folder, *writers, provenance=None, existing="refuse", predictor=predict, **cases):
-    listed = [{"image": image, "case": name} for name, image in cases.items()]
+    listed = []
+    for name, answer in cases.items():
+        path = runner.inputs / name.replace("/", "_") / (Path(name).name.strip(".") or "x")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(repr(answer))
+        listed.append({"image": str(path), "case": name, "answer": answer})
     return FolderRunner(
         listed, predictor, writers or [NiftiLabelWriter()], folder, existing=existing, provenance=provenance
     )
@@ -91,6 +105,8 @@ def test_every_case_gets_its_files_its_line_and_its_rows(tmp_path):
         "status": "ok",
         "code": None,
         "reason": None,
+        "input": "x.1",
+        "input_sha256": hashlib.sha256(hashlib.sha256(b"7").hexdigest().encode()).hexdigest(),
         "outputs": ["p/x.1_seg.nii.gz", "p/x.1.txt"],
         "files": 2,
         "kind": "test",
@@ -99,6 +115,7 @@ def test_every_case_gets_its_files_its_line_and_its_rows(tmp_path):
         "shape": [4, 5, 6],
         "spacing_mm": [1.0, 2.0, 0.5],
         "orientation": "RAS",
+        "notes": [],
         "volumes": [
             {"label": 1, "structure": "shell", "voxels": 7, "volume_mm3": 7.0},
             {"label": 2, "structure": "core", "voxels": 0, "volume_mm3": 0.0},
@@ -132,6 +149,8 @@ def test_a_failing_case_does_not_stop_the_others(tmp_path, caplog):
         "status": "failed",
         "code": "missing-slice",
         "reason": "folder/x: slice 3 is missing; export it again",
+        "input": "x",
+        "input_sha256": manifest(tmp_path)[1]["input_sha256"],
     }
     assert "case 2 of 3, x: failed: folder/x: slice 3 is missing" in caplog.text
     assert "case 3 of 3, z: ok" in caplog.text
@@ -153,7 +172,15 @@ def test_errors_of_other_libraries_are_not_quoted_but_logged_for_debugging(tmp_p
     assert "Traceback" in caplog.text
 
 
-@pytest.mark.parametrize("error", [MemoryError("x"), torch.OutOfMemoryError("x")])
+def no_such_memory():
+    """What torch raises when the CPU has not enough memory: a plain RuntimeError."""
+    try:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    except RuntimeError as error:
+        return error
+
+
+@pytest.mark.parametrize("error", [MemoryError("x"), torch.OutOfMemoryError("x"), no_such_memory()])
 def test_running_out_of_memory_has_its_own_advice(tmp_path, error):
     records = list(runner(tmp_path, x=error, y=1).records())
     assert (records[0]["code"], records[0]["reason"]) == (
@@ -188,7 +215,7 @@ def test_a_failing_writer_leaves_earlier_results_untouched(tmp_path, error):
     table = after["volumes.csv"].decode()
     assert "a,1,shell,1,1.0" in table and "b,1,shell,4,4.0" in table  # what the files say
     # and a later resumption knows that the earlier result is whole
-    assert statuses(runner(tmp_path, NiftiLabelWriter(), TextWriter(), existing="resume", a=3, b=4).records()) == {
+    assert statuses(runner(tmp_path, NiftiLabelWriter(), TextWriter(), existing="resume", a=1, b=4).records()) == {
         "a": "skipped",
         "b": "skipped",
     }
@@ -375,3 +402,71 @@ def test_arguments_are_checked(tmp_path):
         with pytest.raises(ValueError, match="a path below the output folder, got '"):
             runner(tmp_path, **{name: 1})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_resuming_with_another_image_of_the_same_name_is_refused(tmp_path):
+    list(runner(tmp_path, a=1).records())
+    before = (tmp_path / "a_seg.nii.gz").read_bytes()
+    (record,) = runner(tmp_path, existing="resume", a=2).records()
+    assert (record["status"], record["code"]) == ("failed", "output")
+    assert "a_seg.nii.gz: was made with other input_sha256; choose another output folder" in record["reason"]
+    assert (tmp_path / "a_seg.nii.gz").read_bytes() == before
+
+
+def test_a_series_is_known_by_all_its_files_in_any_order(tmp_path, inputs):
+    files = [inputs / "series" / name for name in ("1", "2")]
+    files[0].parent.mkdir()
+    for file in files:
+        file.write_text(file.name)
+
+    def run(*files):
+        case = {"image": [str(file) for file in files], "case": "s", "answer": 3}
+        return next(FolderRunner([case], predict, [NiftiLabelWriter()], tmp_path, existing="resume").records())
+
+    assert run(*files)["input"] == "series"
+    assert run(*files[::-1])["status"] == "skipped"
+    files[1].write_text("changed")
+    assert run(*files)["status"] == "failed"
+
+
+def test_the_voxels_of_a_header_file_count(tmp_path, inputs):
+    for name in ("a.hdr", "a.img"):
+        (inputs / name).write_text("1")
+    case = {"image": str(inputs / "a.hdr"), "case": "a", "answer": 3}
+    states = []
+    for _ in range(2):
+        states += [
+            r["status"]
+            for r in FolderRunner([case], predict, [NiftiLabelWriter()], tmp_path, existing="resume").records()
+        ]
+        (inputs / "a.img").write_text("2")
+    assert states == ["ok", "failed"]
+
+
+def test_overwriting_with_fewer_formats_leaves_no_stale_file(tmp_path):
+    list(runner(tmp_path, NiftiLabelWriter(), TextWriter(), a=1).records())
+    (record,) = runner(tmp_path, NiftiLabelWriter(), existing="overwrite", a=2).records()
+    assert record["outputs"] == ["a_seg.nii.gz"]
+    assert not (tmp_path / "a.txt").exists()
+
+
+def test_results_in_another_format_are_in_the_way_too(tmp_path):
+    list(runner(tmp_path, TextWriter(), a=1).records())
+    (record,) = runner(tmp_path, NiftiLabelWriter(), a=1).records()
+    assert record["reason"].startswith(f"{tmp_path}/a.txt: exists already")
+
+
+def test_notes_about_an_image_reach_the_manifest(tmp_path, inputs):
+    (inputs / "a").write_text("1")
+    case = {"image": str(inputs / "a"), "case": "a", "answer": 1, "notes": ["its orientation is unknown"]}
+    FolderRunner([case], predict, [NiftiLabelWriter()], tmp_path).run()
+    assert manifest(tmp_path)[0]["notes"] == ["its orientation is unknown"]
+
+
+def test_an_input_that_vanished_is_a_failed_case(tmp_path, inputs):
+    case = {"image": str(inputs / "gone"), "case": "a", "answer": 1}
+    (record,) = FolderRunner([case], predict, [NiftiLabelWriter()], tmp_path).records()
+    assert (record["code"], record["reason"]) == (
+        "unreadable",
+        f"{inputs}/gone: cannot be opened: No such file or directory",
+    )

