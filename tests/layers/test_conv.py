@@ -94,3 +94,18 @@ def test_instance_norm_has_no_weights_and_batch_norm_has():
 def test_another_norm_is_refused():
     with pytest.raises(ValueError, match=r"^norm must be one of \['batch', 'instance'\], got 'layer'$"):
         ResidualBlock(2, 4, 4, "layer")
+
+
+@pytest.mark.parametrize(("side", "dtype"), [(2, torch.float32), (4, torch.bfloat16)])
+def test_maps_too_small_for_bfloat16_gradients_run_in_float32_on_the_cpu(side: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    block, image = ResidualBlock(3, 8, 4), torch.randn(2, 8, side, 2 * side, side)
+    seen = []
+    block.conv2.register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
+    (expected,) = torch.autograd.grad(block(image).square().sum(), [block.conv2.weight])
+    for _ in range(5):  # what is uninitialised is wrong now and then only
+        with torch.autocast("cpu", torch.bfloat16):
+            out = block(image)
+        (found,) = torch.autograd.grad(out.float().square().sum(), [block.conv2.weight])
+        torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1 * float(expected.abs().max()))
+    assert seen == [torch.float32] + [dtype] * 5
