@@ -32,7 +32,8 @@ class Series:
         kind: ``"dicom"`` or ``"nifti"``; by its name for a file that cannot be opened.
         files: in slice order for DICOM whose geometry is proven, else sorted by path. Those of an ``incomplete`` series
             end with the unreadable files beside it, so that reading them fails as :meth:`read` does.
-        name: stem for outputs, unique in its inventory; mirrors the input tree with ``/``. Never made of patient data.
+        name: stem for outputs, unique in its inventory; mirrors the input tree with ``/``. Folder and file names are
+            kept as they are; no tag that identifies a patient is used.
         modality, description, study_uid, series_uid: from DICOM; ``""`` where unknown.
         space: its grid, None when it cannot be proven.
         problem: why it cannot be used as a 3D volume, None if it can (as far as headers tell).

@@ -19,7 +19,7 @@ class Source:
         files: every file the volume was made of, in slice order for DICOM.
         modality: DICOM Modality (``"MR"``, ``"CT"``, ...); ``""`` where the format does not say.
         study_uid, series_uid: DICOM UIDs; ``""`` where there are none.
-        name: stem for outputs, without extension and without patient data.
+        name: stem for outputs, without extension; made of folder and file names, never of tags that identify a patient.
     """
 
     kind: str
