@@ -30,7 +30,7 @@ def windowed_attention(
         k: keys, of the same shape.
         v: values, of the same shape.
         geometry: windows, fitted to the grid here. A grid that is not a whole number of windows is padded with zero
-            tokens that are attended.
+            tokens, attended unless the geometry masks them.
         bias: ``(heads, tokens, tokens)`` added to the logits of every window, or None; the tokens of a fitted window.
         dropout: probability of dropping an attention weight; a layer passes 0 in evaluation.
         backend: ``"auto"``, ``"grouped"`` (torch SDPA per window) or ``"dense"`` (the definition, for tests).

@@ -25,8 +25,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, geometry: WindowGeometry, bias: Tensor 
     logits = logits.masked_fill(window[:, None] != window[None, :], float("-inf"))
     weights = F.dropout(logits.softmax(-1), dropout).to(v.dtype)
     out = (weights @ v).transpose(1, 2)
-    out = out.reshape(out.shape[0], *geometry.padded(grid), *out.shape[2:])
-    return out[(slice(None), *[slice(g) for g in grid])]
+    return geometry.crop(out.reshape(out.shape[0], *geometry.padded(grid), *out.shape[2:]), grid)
 
 
 def _place(geometry: WindowGeometry, grid: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -34,11 +33,15 @@ def _place(geometry: WindowGeometry, grid: torch.Size, device: torch.device) -> 
     padded = geometry.padded(grid)
     window = torch.zeros(padded, dtype=torch.int64, device=device)
     member = torch.zeros_like(window)
-    for axis, (length, size, shift) in enumerate(zip(padded, geometry.size, geometry.shift, strict=True)):
+    axes = zip(padded, geometry.size, geometry.shift, geometry.dilation, strict=True)
+    for axis, (length, size, shift, dilation) in enumerate(axes):
         position = torch.arange(length, device=device)
         rolled = (position - shift) % length
         shape = [-1 if a == axis else 1 for a in range(len(padded))]
-        seen = rolled // size * 2 + (position < shift)
+        seen = (rolled // (size * dilation) * dilation + rolled % dilation) * 2 + (position < shift)
         window = window * (2 * length) + seen.reshape(shape)
-        member = member * size + (rolled % size).reshape(shape)
+        member = member * size + (rolled // dilation % size).reshape(shape)
+    if geometry.mask_padding:
+        real = geometry.pad(torch.ones((1, *grid), dtype=torch.bool, device=device))[0]
+        window = torch.where(real, window, -1 - window)  # padding sees padding alone
     return window.flatten(), member.flatten()

@@ -19,7 +19,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, geometry: WindowGeometry, bias: Tensor 
     grid = q.shape[1 : 1 + len(geometry.size)]
     q, k, v = (geometry.group(t).transpose(1, 2) for t in (q, k, v))
     mask = None if bias is None else bias.to(q.dtype)[None]
-    if any(geometry.shift):
+    if geometry.is_masked(grid):
         allowed = _additive_mask(geometry, tuple(grid), str(q.device), q.dtype)
         mask = allowed if mask is None else mask + allowed
         mask = mask.expand(q.shape[0] // mask.shape[0], *mask.shape).flatten(0, 1)  # windows of all images in turn

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
 from math import prod
 from typing import ParamSpec, Self
@@ -40,103 +40,173 @@ def constant(maxsize: int) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor
 
 @dataclass(frozen=True)
 class WindowGeometry:
-    """Non-overlapping windows over a token grid, optionally shifted cyclically (Swin).
+    """Groups of tokens that attend to each other: windows over a grid, shifted cyclically (Swin) or dilated (D-Former).
 
-    The grid is zero-padded at the end of each axis to a multiple of ``size``, rolled by ``-shift``, cut into windows.
-    Padding tokens take part in attention: released Swin weights expect it. Two tokens attend to each other iff they lie
-    in the same window and in the same :meth:`regions`, i.e. on the same side of the cyclic seam.
+    Along one axis the grid is zero-padded at its end to a multiple of ``size * dilation`` and rolled by ``-shift``. The
+    token at position ``(tile * size + member) * dilation + offset`` is then that member of group ``(tile, offset)``.
+    Two tokens attend to each other iff they lie in the same group and in the same :meth:`regions`.
 
     Args:
-        size: window edge per axis, in tokens.
-        shift: roll per axis, ``0 <= shift < size``.
+        size: tokens of a group along each axis.
+        shift: roll per axis, ``0 <= shift < size * dilation``.
+        dilation: distance between neighbours of a group, per axis; by default 1, contiguous windows.
+        mask_padding: padding tokens are not attended. By default they are: released Swin weights expect it.
+        roll_first: roll the grid as it is and pad what comes out, as timm does; by default padding comes first, as in
+            MONAI. The two differ only where padding is needed.
 
-    Source: Liu et al., "Swin Transformer" (ICCV 2021); padding before the roll as in MONAI's ``SwinTransformer``.
+    Raises:
+        ValueError: entries missing or out of range.
+
+    Source: Liu et al., "Swin Transformer" (ICCV 2021); Wu et al., "D-Former" (2022).
     """
 
     size: tuple[int, ...]
     shift: tuple[int, ...]
+    dilation: tuple[int, ...] = ()
+    mask_padding: bool = False
+    roll_first: bool = False
 
     def __post_init__(self) -> None:
-        if len(self.size) != len(self.shift) or not self.size:
-            raise ValueError(f"size and shift need one entry per axis, got size={self.size}, shift={self.shift}")
-        if any(n < 1 for n in self.size):
-            raise ValueError(f"window size must be at least 1 on every axis, got {self.size}")
-        if any(not 0 <= s < n for s, n in zip(self.shift, self.size, strict=True)):
-            raise ValueError(f"shift must lie in [0, size) on every axis, got shift={self.shift} for size={self.size}")
+        if not self.dilation:
+            object.__setattr__(self, "dilation", (1,) * len(self.size))
+        if not self.size or not len(self.size) == len(self.shift) == len(self.dilation):
+            raise ValueError(
+                f"size, shift and dilation need one entry per axis, got size={self.size}, shift={self.shift}, "
+                f"dilation={self.dilation}"
+            )
+        if any(n < 1 for n in (*self.size, *self.dilation)):
+            raise ValueError(
+                f"window size and dilation must be at least 1 on every axis, got {self.size} and {self.dilation}"
+            )
+        if any(not 0 <= s < p for s, p in zip(self.shift, self.period, strict=True)):
+            raise ValueError(
+                f"shift must lie in [0, size * dilation) on every axis, got shift={self.shift} for size={self.size}"
+            )
 
     @classmethod
-    def swin(cls, window: int | Sequence[int], spatial_dims: int, *, shifted: bool = False) -> Self:
+    def swin(
+        cls, window: int | Sequence[int], spatial_dims: int, *, shifted: bool = False, roll_first: bool = False
+    ) -> Self:
         """Swin's windows; ``shifted`` rolls by half a window, rounded down."""
         size = ntuple(window, spatial_dims, "window")
-        return cls(size, tuple(n // 2 if shifted else 0 for n in size))
+        return cls(size, tuple(n // 2 if shifted else 0 for n in size), roll_first=roll_first)
 
     @classmethod
     def full(cls, grid: Sequence[int]) -> Self:
         """One window over the whole grid: plain self-attention."""
         return cls(tuple(grid), (0,) * len(grid))
 
+    @classmethod
+    def dformer_local(cls, group: int | Sequence[int], spatial_dims: int) -> Self:
+        """D-Former's local groups: contiguous, padding masked."""
+        size = ntuple(group, spatial_dims, "group")
+        return cls(size, (0,) * spatial_dims, mask_padding=True)
+
+    @classmethod
+    def dformer_global(cls, group: int | Sequence[int], interval: int, grid: Sequence[int]) -> Self:
+        """D-Former's global groups on one grid: every n-th token, so that each group spans the grid; padding masked.
+
+        With P the axis padded to a multiple of ``interval``, neighbours are ``P // group`` apart and a group takes as
+        many tokens as that needs to cover P: at least ``group`` of them, unless the axis is shorter.
+
+        Raises:
+            ValueError: an interval below 1.
+        """
+        if interval < 1:
+            raise ValueError(f"the interval of global groups must be at least 1, got {interval}")
+        padded = [-(-length // interval) * interval for length in grid]
+        dilation = [max(1, p // n) for p, n in zip(padded, ntuple(group, len(grid), "group"), strict=True)]
+        size = tuple(-(-p // d) for p, d in zip(padded, dilation, strict=True))
+        return cls(size, (0,) * len(size), tuple(dilation), mask_padding=True)
+
     def fit(self, grid: Sequence[int]) -> WindowGeometry:
-        """The geometry used on ``grid``: an axis no longer than the window becomes one unshifted window.
+        """The geometry used on ``grid``: an axis no longer than an undilated window becomes one unshifted window.
 
         Raises:
             ValueError: a grid of another rank.
         """
         if len(grid) != len(self.size):
             raise ValueError(f"a {len(self.size)}D window geometry needs as many grid axes, got grid={tuple(grid)}")
-        pairs = [(g, 0) if g <= n else (n, s) for g, n, s in zip(grid, self.size, self.shift, strict=True)]
-        return WindowGeometry(tuple(n for n, _ in pairs), tuple(s for _, s in pairs))
+        axes = zip(grid, self.size, self.shift, self.dilation, strict=True)
+        pairs = [(g, 0) if d == 1 and g <= n else (n, s) for g, n, s, d in axes]
+        return replace(self, size=tuple(n for n, _ in pairs), shift=tuple(s for _, s in pairs))
 
     @property
     def tokens(self) -> int:
         """Tokens in one window."""
         return prod(self.size)
 
+    @property
+    def period(self) -> tuple[int, ...]:
+        """Extent of one window per axis: ``size * dilation``."""
+        return tuple(n * d for n, d in zip(self.size, self.dilation, strict=True))
+
     def padded(self, grid: Sequence[int]) -> tuple[int, ...]:
         """``grid`` rounded up to whole windows."""
-        return tuple(-(-g // n) * n for g, n in zip(grid, self.size, strict=True))
+        return tuple(-(-g // p) * p for g, p in zip(grid, self.period, strict=True))
 
     def windows(self, grid: Sequence[int]) -> tuple[int, ...]:
         """Number of windows along each axis."""
-        return tuple(-(-g // n) for g, n in zip(grid, self.size, strict=True))
+        return tuple(p // n for p, n in zip(self.padded(grid), self.size, strict=True))
 
     def pad(self, x: Tensor) -> Tensor:
-        """Zero-pad ``(B, *grid, ...)`` at the end of each grid axis to whole windows."""
+        """Zero-pad ``(B, *grid, ...)`` to whole windows, at the end of each axis (of the rolled one if ``roll_first``)."""
         dims = len(self.size)
         grid = x.shape[1 : 1 + dims]
         extra = [p - g for g, p in zip(grid, self.padded(grid), strict=True)]
         if not any(extra):
             return x
         trailing = [0, 0] * (x.dim() - 1 - dims)
-        return F.pad(x, trailing + [v for e in reversed(extra) for v in (0, e)])
+        x = F.pad(self._roll(x, -1), trailing + [v for e in reversed(extra) for v in (0, e)])
+        return self._roll(x, 1)
+
+    def crop(self, x: Tensor, grid: Sequence[int]) -> Tensor:
+        """Inverse of :meth:`pad`: ``(B, *padded, ...)`` to ``(B, *grid, ...)``."""
+        if tuple(x.shape[1 : 1 + len(self.size)]) == tuple(grid):
+            return x
+        return self._roll(self._roll(x, -1)[(slice(None), *[slice(g) for g in grid])], 1)
+
+    def _roll(self, x: Tensor, sign: int) -> Tensor:
+        """Roll by the shift where it happens before padding, so that the roll after padding only undoes this one."""
+        if not (self.roll_first and any(self.shift)):
+            return x
+        return x.roll([sign * s for s in self.shift], tuple(range(1, 1 + len(self.shift))))
 
     def group(self, x: Tensor) -> Tensor:
-        """``(B, *grid, ...)`` to ``(B * windows, tokens, ...)``; windows and tokens in raster order."""
+        """``(B, *grid, ...)`` to ``(B * windows, tokens, ...)``; tiles, offsets and tokens each in raster order."""
         dims = len(self.size)
         axes = tuple(range(1, 1 + dims))
         x = self.pad(x)
         if any(self.shift):
             x = x.roll([-s for s in self.shift], axes)
-        counts = self.windows(x.shape[1 : 1 + dims])
+        split = zip(x.shape[1 : 1 + dims], self.period, self.size, self.dilation, strict=True)
         rest = x.shape[1 + dims :]
-        x = x.reshape(x.shape[0], *[v for pair in zip(counts, self.size, strict=True) for v in pair], *rest)
-        order = [0, *range(1, 1 + 2 * dims, 2), *range(2, 2 + 2 * dims, 2), *range(1 + 2 * dims, x.dim())]
+        x = x.reshape(x.shape[0], *[v for length, p, n, d in split for v in (length // p, n, d)], *rest)
+        tile, member, offset = (range(1 + i, 1 + 3 * dims, 3) for i in range(3))
+        order = [0, *tile, *offset, *member, *range(1 + 3 * dims, x.dim())]
         return x.permute(order).reshape(-1, self.tokens, *rest)
 
     def ungroup(self, x: Tensor, grid: Sequence[int]) -> Tensor:
         """Inverse of :meth:`group`: ``(B * windows, tokens, ...)`` back to ``(B, *grid, ...)``, padding cropped."""
         dims = len(self.size)
-        counts, rest = self.windows(grid), x.shape[2:]
-        x = x.reshape(-1, *counts, *self.size, *rest)
-        order = [0, *[v for i in range(dims) for v in (1 + i, 1 + dims + i)], *range(1 + 2 * dims, x.dim())]
-        x = x.permute(order).reshape(x.shape[0], *self.padded(grid), *rest)
+        padded, rest = self.padded(grid), x.shape[2:]
+        tiles = [length // p for length, p in zip(padded, self.period, strict=True)]
+        x = x.reshape(-1, *tiles, *self.dilation, *self.size, *rest)
+        order = [0, *[v for i in range(dims) for v in (1 + i, 1 + 2 * dims + i, 1 + dims + i)]]
+        x = x.permute([*order, *range(1 + 3 * dims, x.dim())]).reshape(x.shape[0], *padded, *rest)
         if any(self.shift):
             x = x.roll(list(self.shift), tuple(range(1, 1 + dims)))
-        return x[(slice(None), *[slice(g) for g in grid])]
+        return self.crop(x, grid)
+
+    def is_masked(self, grid: Sequence[int]) -> bool:
+        """Whether any window of a fitted geometry holds tokens of more than one region."""
+        return any(self.shift) or (self.mask_padding and self.padded(grid) != tuple(grid))
 
     def regions(self, grid: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-        """Region of each grouped token, ``(windows, tokens)`` int64: bit ``a`` is set where axis ``a`` wrapped round.
+        """Region of each grouped token, ``(windows, tokens)`` int64.
 
-        Cached per (geometry, grid, device); do not write into it.
+        Bit ``a`` is set where axis ``a`` wrapped round; masked padding is -1. Cached per (geometry, grid, device); do
+        not write into it.
         """
         return _regions(self, tuple(grid), str(device))
 
@@ -163,6 +233,9 @@ def _regions(geometry: WindowGeometry, grid: tuple[int, ...], device: str) -> Te
     for axis, shift in enumerate(geometry.shift):
         wrapped = torch.arange(region.shape[axis], device=device) < shift
         region |= wrapped.long().reshape([-1 if a == axis else 1 for a in range(region.dim())]) << axis
+    if geometry.mask_padding:
+        real = geometry.pad(torch.ones((1, *grid), dtype=torch.int64, device=device))[0]
+        region = torch.where(real == 1, region, -1)
     return geometry.group(region[None])
 
 

@@ -90,6 +90,5 @@ class WindowAttention(nn.Module):
         q, k, v = self.qkv(geometry.pad(x)).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         dropout = self.attn_drop if self.training else 0.0
         out = windowed_attention(q, k, v, geometry, bias=self.relative_bias(geometry), dropout=dropout)
-        out = out.flatten(-2)[(slice(None), *[slice(g) for g in grid])]
-        y: Tensor = self.proj_drop(self.proj(out))
+        y: Tensor = self.proj_drop(self.proj(geometry.crop(out.flatten(-2), grid)))
         return y

@@ -130,9 +130,10 @@ class SwinEncoder(nn.Module):
             )
         patch = ntuple(patch_size, spatial_dims, "patch_size")
         window = ntuple(window_size, spatial_dims, "window_size")
-        self.spatial_dims, self.normalize = spatial_dims, normalize
+        self.spatial_dims, self.in_channels, self.normalize = spatial_dims, in_channels, normalize
         self.channels = tuple(feature_size * 2**i for i in range(len(depths) + 1))
         self.strides = tuple(tuple(p * 2**i for p in patch) for i in range(len(depths) + 1))
+        self.embed_dim = self.channels[-1]
         self.patch_embed = PatchEmbed(spatial_dims, in_channels, feature_size, patch, norm=patch_norm)
         self.drop = nn.Dropout(drop_rate)
         rates = torch.linspace(0, dropout_path_rate, sum(depths), device="cpu").tolist()
@@ -164,6 +165,11 @@ class SwinEncoder(nn.Module):
             x = stage(x)
             features.append(self._out(x))
         return features
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Mean over the deepest map, ``(B, embed_dim)``."""
+        deepest: Tensor = self(x)[-1]
+        return deepest.flatten(2).mean(-1)
 
     def _out(self, x: Tensor) -> Tensor:
         return F.layer_norm(x.movedim(1, -1), x.shape[1:2]).movedim(-1, 1) if self.normalize else x

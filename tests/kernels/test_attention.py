@@ -51,6 +51,32 @@ def test_shifted_windows_do_not_reach_across_the_seam(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_masked_padding_is_not_attended(backend):
+    out = windowed_attention(*positions((6,)), WindowGeometry((4,), (0,), mask_padding=True), backend=backend)
+    torch.testing.assert_close(out.flatten(), torch.tensor([1.5] * 4 + [4.5] * 2))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dilated_groups_reach_across_the_grid(backend):
+    out = windowed_attention(*positions((7,)), WindowGeometry.dformer_global(4, 4, (7,)), backend=backend)
+    # padded to 8 and two apart: {0, 2, 4, 6} and {1, 3, 5, masked}
+    torch.testing.assert_close(out.flatten(), torch.tensor([3.0] * 7))
+    out = windowed_attention(*positions((6,)), WindowGeometry.dformer_global(4, 4, (6,)), backend=backend)
+    torch.testing.assert_close(out.flatten(), torch.tensor([2.0, 3, 2, 3, 2, 3]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rolling_first_keeps_the_padding_apart_from_the_seam(backend):
+    geometry = WindowGeometry.swin(4, 1, shifted=True, roll_first=True)
+    out = windowed_attention(*positions((6,)), geometry, backend=backend)
+    # rolled to 2 3 4 5 0 1, then padded: {2, 3, 4, 5} and {0, 1 | padding, padding}, parted where the last two begin
+    torch.testing.assert_close(out.flatten(), torch.tensor([0.5] * 2 + [3.5] * 4))
+    out = windowed_attention(*positions((7,)), geometry, backend=backend)
+    # 2 3 4 5 6 0 1 and one zero of padding: {2, 3, 4, 5}, {6, 0 | 1, padding}: timm's seam counts from the padded end
+    torch.testing.assert_close(out.flatten(), torch.tensor([3.0, 0.5, 3.5, 3.5, 3.5, 3.5, 3.0]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_axes_shift_independently(backend):
     out = windowed_attention(*positions((4, 4)), WindowGeometry((2, 2), (1, 0)), backend=backend)
     rows = torch.tensor([[0.5, 0.5, 2.5, 2.5], [6.5, 6.5, 8.5, 8.5], [6.5, 6.5, 8.5, 8.5], [12.5, 12.5, 14.5, 14.5]])
@@ -83,12 +109,13 @@ def test_one_window_over_the_grid_is_plain_attention(backend, grid):
 def cases(draw):
     dims = draw(st.integers(1, 3))
     size = tuple(draw(st.integers(1, (7, 4, 3)[dims - 1])) for _ in range(dims))
-    shift = tuple(draw(st.integers(0, n - 1)) for n in size)
+    dilation = tuple(draw(st.sampled_from((1, 1, 2, 3))) for _ in range(dims))
+    shift = tuple(draw(st.integers(0, n * d - 1)) for n, d in zip(size, dilation, strict=True))
     grid = tuple(draw(st.integers(1, (24, 9, 5)[dims - 1])) for _ in range(dims))
-    return WindowGeometry(size, shift), grid
+    return WindowGeometry(size, shift, dilation, draw(st.booleans()), draw(st.booleans())), grid
 
 
-@settings(max_examples=60)
+@settings(max_examples=80)
 @given(cases(), st.booleans(), st.integers(1, 2), st.integers(0, 99))
 @example((WindowGeometry((3, 3, 3), (1, 1, 1)), (5, 4, 7)), True, 2, 0)  # ragged, shifted on every axis
 @example((WindowGeometry((4, 4), (2, 2)), (3, 9)), True, 2, 0)  # clamped and unshifted on one axis only

@@ -12,25 +12,40 @@ from medvit.kernels import WindowGeometry
 
 
 @st.composite
-def geometries(draw, most=(40, 12, 7)):
-    """A geometry of rank 1 to 3 and a grid for it, mostly ragged; not fitted."""
+def geometries(draw, most=(40, 12, 7), plain=False):
+    """A geometry of rank 1 to 3 and a grid for it, mostly ragged; not fitted. ``plain``: MONAI's, as far as it goes."""
     dims = draw(st.integers(1, 3))
     size = tuple(draw(st.integers(1, 5)) for _ in range(dims))
-    shift = tuple(draw(st.integers(0, n - 1)) for n in size)
+    dilation = (1,) * dims if plain else tuple(draw(st.sampled_from((1, 1, 2, 3))) for _ in range(dims))
+    shift = tuple(draw(st.integers(0, n * d - 1)) for n, d in zip(size, dilation, strict=True))
     grid = tuple(draw(st.integers(1, most[dims - 1])) for _ in range(dims))
-    return WindowGeometry(size, shift), grid
+    mask_padding, roll_first = (False, False) if plain else (draw(st.booleans()), draw(st.booleans()))
+    return WindowGeometry(size, shift, dilation, mask_padding, roll_first), grid
 
 
 def cells(sizes):
     return itertools.product(*map(range, sizes))
 
 
-def origin(geometry, grid, window, member):
-    """Place in the padded grid, before the roll, of one member of one window: the definition of grouping."""
-    padded = [-(-g // n) * n for g, n in zip(grid, geometry.size, strict=True)]
-    return tuple(
-        (w * n + m + s) % p for w, m, n, s, p in zip(window, member, geometry.size, geometry.shift, padded, strict=True)
-    )
+def members(geometry, grid):
+    """For each window, for each member, per axis: (place on the rolled, padded axis, token of the grid or None)."""
+    padded = geometry.padded(grid)
+    tiles = [p // (n * d) for p, n, d in zip(padded, geometry.size, geometry.dilation, strict=True)]
+    for tile, offset in itertools.product(list(cells(tiles)), list(cells(geometry.dilation))):
+        yield [
+            [token(geometry, grid, axis, tile[axis], m, offset[axis]) for axis, m in enumerate(member)]
+            for member in cells(geometry.size)
+        ]
+
+
+def token(geometry, grid, axis, tile, member, offset):
+    size, dilation, shift = geometry.size[axis], geometry.dilation[axis], geometry.shift[axis]
+    length, padded = grid[axis], geometry.padded(grid)[axis]
+    place = (tile * size + member) * dilation + offset
+    if geometry.roll_first:
+        return place, (place + shift) % length if place < length else None
+    before = (place + shift) % padded
+    return place, before if before < length else None
 
 
 # --- group, ungroup
@@ -50,11 +65,32 @@ def test_ungroup_undoes_group(case, batch):
 def test_group_follows_the_definition(case):
     geometry, grid = case
     x = torch.arange(1, torch.Size(grid).numel() + 1).reshape(grid)
-    expected = []
-    for window in cells(geometry.windows(grid)):
-        places = [origin(geometry, grid, window, member) for member in cells(geometry.size)]
-        expected.append([int(x[p]) if all(a < g for a, g in zip(p, grid, strict=True)) else 0 for p in places])
+    expected = [
+        [0 if None in (at := tuple(t for _, t in axes)) else int(x[at]) for axes in window]
+        for window in members(geometry, grid)
+    ]
     assert geometry.group(x[None]).tolist() == expected
+
+
+@given(geometries())
+def test_crop_undoes_pad(case):
+    geometry, grid = case
+    x = torch.randn(2, *grid, 3)
+    padded = geometry.pad(x)
+    assert padded.shape[1:-1] == geometry.padded(grid)
+    assert torch.equal(geometry.crop(padded, grid), x)
+    assert torch.equal(geometry.group(padded), geometry.group(x))  # a layer may pad by itself
+
+
+def test_rolling_first_puts_the_padding_behind_the_wrapped_tokens():
+    x = torch.tensor([[1, 2, 3, 4, 5]])
+    assert WindowGeometry.swin(4, 1, shifted=True).group(x).tolist() == [[3, 4, 5, 0], [0, 0, 1, 2]]
+    rolled_first = WindowGeometry.swin(4, 1, shifted=True, roll_first=True)
+    assert rolled_first.group(x).tolist() == [[3, 4, 5, 1], [2, 0, 0, 0]]
+
+
+def test_dilated_groups_take_every_nth_token():
+    assert WindowGeometry((2,), (0,), (3,)).group(torch.arange(6)[None]).tolist() == [[0, 3], [1, 4], [2, 5]]
 
 
 def test_images_of_a_batch_follow_each_other():
@@ -70,21 +106,41 @@ def test_padding_is_zero_and_at_the_end():
     assert WindowGeometry((2, 2), (0, 0)).padded((1, 3)) == (2, 4)
 
 
+# --- D-Former's groups
+
+
+@given(st.integers(1, 6), st.integers(1, 9), st.lists(st.integers(1, 30), min_size=1, max_size=3))
+def test_global_groups_span_the_grid(group, interval, grid):
+    geometry = WindowGeometry.dformer_global(group, interval, grid)
+    for length, size, dilation, period in zip(grid, geometry.size, geometry.dilation, geometry.period, strict=True):
+        assert dilation == max(1, -(-length // interval) * interval // group)
+        assert length <= period < length + interval + dilation  # one tile covers the axis, with little padding
+        assert size >= group or dilation == 1
+    assert all(w == d for w, d in zip(geometry.windows(grid), geometry.dilation, strict=True))
+
+
+def test_an_interval_below_one_is_refused():
+    with pytest.raises(ValueError, match="the interval of global groups must be at least 1, got 0"):
+        WindowGeometry.dformer_global(2, 0, (4, 4))
+
+
 # --- regions
 
 
 @given(geometries(most=(12, 7, 5)))
 def test_regions_part_what_the_roll_brought_together(case):
     geometry, grid = case
-    regions = geometry.regions(grid)
+    regions, padded = geometry.regions(grid), geometry.padded(grid)
     assert regions.dtype == torch.int64
-    for row, window in zip(regions.tolist(), cells(geometry.windows(grid)), strict=True):
-        places = [origin(geometry, grid, window, member) for member in cells(geometry.size)]
-        # bit a: the token lay before the shift on axis a, so it was carried round to the end
-        wrapped = [
-            sum(2**a for a, (p, s) in enumerate(zip(place, geometry.shift, strict=True)) if p < s) for place in places
+    for row, window in zip(regions.tolist(), members(geometry, grid), strict=True):
+        # bit a: the place lies among the last ``shift`` of axis a, which the roll brought there from its front
+        expected = [
+            sum(2**a for a, (place, _) in enumerate(axes) if place >= padded[a] - geometry.shift[a]) for axes in window
         ]
-        assert row == wrapped
+        if geometry.mask_padding:
+            expected = [-1 if None in [t for _, t in axes] else e for e, axes in zip(expected, window, strict=True)]
+        assert row == expected
+    assert geometry.is_masked(grid) or not regions.any()
 
 
 def test_without_shift_there_is_one_region():
@@ -92,7 +148,7 @@ def test_without_shift_there_is_one_region():
 
 
 @pytest.mark.upstream
-@given(geometries())
+@given(geometries(plain=True))
 def test_regions_forbid_what_monais_mask_forbids(case):
     from monai.networks.nets.swin_unetr import compute_mask, get_window_size
 
@@ -174,13 +230,29 @@ def test_fitting_again_changes_nothing(case):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: WindowGeometry((4, 4), (0,)), "size and shift need one entry per axis, got size=(4, 4), shift=(0,)"),
-        (lambda: WindowGeometry((), ()), "size and shift need one entry per axis, got size=(), shift=()"),
-        (lambda: WindowGeometry((4, 0), (0, 0)), "window size must be at least 1 on every axis, got (4, 0)"),
-        (lambda: WindowGeometry((4,), (4,)), "shift must lie in [0, size) on every axis, got shift=(4,) for size=(4,)"),
+        (
+            lambda: WindowGeometry((4, 4), (0,)),
+            "size, shift and dilation need one entry per axis, got size=(4, 4), shift=(0,), dilation=(1, 1)",
+        ),
+        (
+            lambda: WindowGeometry((), ()),
+            "size, shift and dilation need one entry per axis, got size=(), shift=(), dilation=()",
+        ),
+        (
+            lambda: WindowGeometry((4, 0), (0, 0)),
+            "window size and dilation must be at least 1 on every axis, got (4, 0) and (1, 1)",
+        ),
+        (
+            lambda: WindowGeometry((4,), (0,), (0,)),
+            "window size and dilation must be at least 1 on every axis, got (4,) and (0,)",
+        ),
+        (
+            lambda: WindowGeometry((4,), (4,)),
+            "shift must lie in [0, size * dilation) on every axis, got shift=(4,) for size=(4,)",
+        ),
         (
             lambda: WindowGeometry((4,), (-1,)),
-            "shift must lie in [0, size) on every axis, got shift=(-1,) for size=(4,)",
+            "shift must lie in [0, size * dilation) on every axis, got shift=(-1,) for size=(4,)",
         ),
         (lambda: WindowGeometry.swin((4, 4), 3), "window needs one int or 3 of them, got (4, 4)"),
         (
