@@ -150,7 +150,7 @@ class WindowGeometry:
         return tuple(p // n for p, n in zip(self.padded(grid), self.size, strict=True))
 
     def pad(self, x: Tensor) -> Tensor:
-        """Zero-pad ``(B, *grid, ...)`` to whole windows, at the end of each axis (of the rolled one if ``roll_first``)."""
+        """Zero-pad ``(B, *grid, ...)`` to whole windows at the end of each axis, rolled already if ``roll_first``."""
         dims = len(self.size)
         grid = x.shape[1 : 1 + dims]
         extra = [p - g for g, p in zip(grid, self.padded(grid), strict=True)]
