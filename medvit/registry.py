@@ -12,8 +12,20 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound="Callable[..., Any]")
 _MODELS: dict[str, Callable[..., Any]] = {}
-# imported on first use, so that `import medvit` stays light
-_MODULES = ("medvit.models.swin_unetr",)
+# each is imported when its model is first asked for, so that `import medvit` stays light
+_MODULES = {
+    "classifier": "medvit.models.heads",
+    "d_former": "medvit.models.d_former",
+    "hbformer": "medvit.models.hbformer",
+    "mae": "medvit.models.mae",
+    "rad_dino": "medvit.models.rad_dino",
+    "segmenter": "medvit.models.heads",
+    "swin_unetr": "medvit.models.swin_unetr",
+    "uni4eye": "medvit.models.uni4eye",
+    "uni4eye_mae": "medvit.models.uni4eye",
+    "uni4eye_pp_mae": "medvit.models.uni4eye_pp",
+    "vit": "medvit.models.vit",
+}
 
 
 def register(name: str) -> Callable[[T], T]:
@@ -34,9 +46,22 @@ def register(name: str) -> Callable[[T], T]:
 
 def list_models() -> list[str]:
     """Names that :func:`create_model` knows, sorted."""
-    for module in _MODULES:
-        importlib.import_module(module)
-    return sorted(_MODELS)
+    return sorted({*_MODULES, *_MODELS})
+
+
+def model_class(name: str) -> Callable[..., Any]:
+    """The class or builder registered under a name.
+
+    Raises:
+        ValueError: an unknown name; the nearest one is suggested.
+    """
+    if name not in _MODELS and name in _MODULES:
+        importlib.import_module(_MODULES[name])
+    if name not in _MODELS:
+        near = get_close_matches(name, list_models(), 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {list_models()}"
+        raise ValueError(f"no model named {name!r}; {hint}")
+    return _MODELS[name]
 
 
 def create_model(name: str, **arguments: Any) -> nn.Module:
@@ -50,10 +75,5 @@ def create_model(name: str, **arguments: Any) -> nn.Module:
         ValueError: an unknown name (the nearest one is suggested), or values the network refuses.
         TypeError: an argument the network does not have.
     """
-    names = list_models()
-    if name not in names:
-        near = get_close_matches(name, names, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {names}"
-        raise ValueError(f"no model named {name!r}; {hint}")
-    model: nn.Module = _MODELS[name](**arguments)
+    model: nn.Module = model_class(name)(**arguments)
     return model

@@ -11,7 +11,7 @@ from medvit import create_model, list_models, registry
 @pytest.fixture
 def own_registry(monkeypatch):
     """The registry, to be changed freely."""
-    list_models()
+    registry.model_class("swin_unetr")
     models = dict(registry._MODELS)
     monkeypatch.setattr(registry, "_MODELS", models)
     return models
@@ -63,11 +63,13 @@ def test_an_unknown_argument_is_refused():
 def test_architectures_are_imported_on_first_use_only():
     code = (
         "import sys, medvit; assert 'torch' not in sys.modules; "
-        "medvit.list_models(); assert 'medvit.models.swin_unetr' in sys.modules; assert 'monai' not in sys.modules"
+        "medvit.list_models(); assert 'torch' not in sys.modules; "
+        "medvit.registry.model_class('swin_unetr'); assert 'medvit.models.swin_unetr' in sys.modules; "
+        "assert not {'monai', 'timm', 'medvit.models.vit'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("name", list_models())
 def test_every_network_says_what_it_is(name):
-    assert registry._MODELS[name].__doc__
+    assert registry.model_class(name).__doc__

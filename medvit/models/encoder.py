@@ -32,3 +32,17 @@ class Encoder(Protocol):
     def embed(self, x: Tensor) -> Tensor:
         """The encoder's own summary of each image, ``(B, embed_dim)``."""
         ...
+
+
+def check_image(x: Tensor, in_channels: int, spatial_dims: int) -> None:
+    """Refuse what is no batch of images of this rank and these channels.
+
+    Raises:
+        ValueError: another rank, other channels, or an axis without voxels.
+    """
+    if x.dim() != 2 + spatial_dims or x.shape[1] != in_channels or not all(n > 0 for n in x.shape[2:]):
+        grey = x.dim() == 2 + spatial_dims and x.shape[1] == 1
+        raise ValueError(
+            f"this network needs (B, {in_channels}, {spatial_dims} spatial axes), got shape {tuple(x.shape)}"
+            + (f"; repeat the channel of a grey image {in_channels} times" if grey else "")
+        )

@@ -18,6 +18,7 @@ from medvit.kernels import WindowGeometry
 from medvit.layers.block import SwinBlock
 from medvit.layers.conv import ResidualBlock
 from medvit.layers.patch import PatchEmbed, PatchMerging
+from medvit.models.encoder import check_image
 
 
 class SwinStage(nn.Module):
@@ -159,6 +160,7 @@ class SwinEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """``(B, in_channels, *spatial)`` to maps ``(B, channels[i], *ceil(spatial / strides[i]))``, finest first."""
+        check_image(x, self.in_channels, self.spatial_dims)
         x = self.drop(self.patch_embed(x).movedim(-1, 1))
         features = [self._out(x)]
         for stage in self.stages:
