@@ -6,14 +6,19 @@ He et al., "SwinUNETR-V2" (MICCAI 2023); Project-MONAI/MONAI ``SwinUNETR``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from math import prod
+from typing import Any
 
 from torch import Tensor, nn
 
 from medvit.dims import conv, ntuple
 from medvit.layers.conv import ResidualBlock, UpBlock
+from medvit.models.encoder import check_image
 from medvit.models.swin import SwinEncoder
-from medvit.models.weights import KeyMap
+from medvit.models.weights import KeyMap, Layout
 from medvit.registry import register
 
 
@@ -113,11 +118,8 @@ class SwinUNETR(nn.Module):
 
     def _check(self, x: Tensor) -> None:
         cell = self.encoder.strides[-1]
-        if x.dim() != 2 + len(cell) or x.shape[1] != self.in_channels:
-            raise ValueError(
-                f"this network needs (B, {self.in_channels}, {len(cell)} spatial axes), got shape {tuple(x.shape)}"
-            )
-        sides = tuple(int(n) for n in x.shape[2:])
+        check_image(x, self.in_channels, len(cell))
+        sides = tuple(x.shape[2:])
         too_small = sides == cell and not self.takes_one_cell
         if too_small or any(n < c or n % c for n, c in zip(sides, cell, strict=True)):
             fits = tuple(max(-(-n // c), 1) * c for n, c in zip(sides, cell, strict=True))
@@ -129,23 +131,28 @@ class SwinUNETR(nn.Module):
             )
 
 
+# --- weights
+
+
+def _encoder_keys(root: str, stage: str, mlp: str) -> dict[str, str | None]:
+    """Table of a Swin encoder; patterns of what stands before its names, of a stage (numbered), of an MLP's layer."""
+    block, ours = rf"{root}{stage}blocks\.(\d+)\.", r"encoder.stages.{\1-1}.blocks.\2."
+    return {
+        rf"{root}patch_embed\.(proj|norm)\.(weight|bias)": r"encoder.patch_embed.\1.\2",
+        rf"{block}(norm[12])\.(weight|bias)": rf"{ours}\3.\4",
+        rf"{block}attn\.relative_position_bias_table": rf"{ours}attn.relative_bias.table",
+        rf"{block}attn\.relative_position_index": None,
+        rf"{block}attn\.(qkv|proj)\.(weight|bias)": rf"{ours}attn.\3.\4",
+        rf"{block}mlp\.{mlp}([12])\.(weight|bias)": rf"{ours}mlp.fc\3.\4",
+        rf"{root}{stage}downsample\.(norm|reduction)\.(weight|bias)": r"encoder.stages.{\1-1}.merge.\2.\3",
+    }
+
+
 # MONAI's names to medvit's; None is dropped on purpose
 MONAI_KEYS = KeyMap(
     "monai",
     {
-        r"swinViT\.patch_embed\.(proj|norm)\.(weight|bias)": r"encoder.patch_embed.\1.\2",
-        r"swinViT\.layers(\d)\.0\.blocks\.(\d+)\.(norm[12])\.(weight|bias)": r"encoder.stages.{\1-1}.blocks.\2.\3.\4",
-        r"swinViT\.layers(\d)\.0\.blocks\.(\d+)\.attn\.relative_position_bias_table": (
-            r"encoder.stages.{\1-1}.blocks.\2.attn.relative_bias.table"
-        ),
-        r"swinViT\.layers\d\.0\.blocks\.\d+\.attn\.relative_position_index": None,
-        r"swinViT\.layers(\d)\.0\.blocks\.(\d+)\.attn\.(qkv|proj)\.(weight|bias)": (
-            r"encoder.stages.{\1-1}.blocks.\2.attn.\3.\4"
-        ),
-        r"swinViT\.layers(\d)\.0\.blocks\.(\d+)\.mlp\.linear([12])\.(weight|bias)": (
-            r"encoder.stages.{\1-1}.blocks.\2.mlp.fc\3.\4"
-        ),
-        r"swinViT\.layers(\d)\.0\.downsample\.(norm|reduction)\.(weight|bias)": r"encoder.stages.{\1-1}.merge.\2.\3",
+        **_encoder_keys(r"swinViT\.", r"layers(\d)\.0\.", "linear"),
         r"swinViT\.layers(\d)c\.0\.layer\.conv([12])\.conv\.weight": r"encoder.stages.{\1-1}.conv.conv\2.weight",
         # norms have keys only where they are batch norms
         r"encoder1\.layer\.conv([12])\.conv\.weight": r"stem.conv\1.weight",
@@ -163,4 +170,115 @@ MONAI_KEYS = KeyMap(
         r"decoder([1-5])\.conv_block\.norm3\.(\w+)": r"ups.{5-\1}.block.shortcut.1.\2",
         r"out\.conv\.conv\.(weight|bias)": r"head.\1",
     },
+)
+
+
+# Encoders published for fine-tuning, both trained in code that had the merging order of MONAI before 1.5.
+SSL_KEYS = KeyMap(
+    "monai-ssl",
+    {**_encoder_keys("", r"layers(\d)\.0\.", "fc"), r"(rotation_head|contrastive_head|conv)\..*": None},
+)
+DAE_KEYS = KeyMap(
+    "monai-dae",
+    {
+        **_encoder_keys(r"encoder\.", r"layers(\d)\.0\.0\.", "(?:fc|linear)"),
+        r"encoder\.(mask_token|norm\.weight|norm\.bias)": None,
+        r"(?!encoder\.).*": None,  # the decoder of the pre-training, which MONAI's filter_swinunetr leaves out too
+    },
+)
+
+
+def _infer_encoder(state: Mapping[str, Tensor], mlp: str, root: str = "") -> dict[str, Any]:
+    kernel = state[f"{root}patch_embed.proj.weight"]
+    width, rank = kernel.shape[0], kernel.dim() - 2
+    first = [f"{root}layers{i}.0.blocks.0." for i in range(1, 5)]
+    tables = [state[f"{block}attn.relative_position_bias_table"] for block in first]
+    numbers = [{m[1] for k in state if (m := re.match(rf"{block[:-2]}(\d+)\.", k))} for block in first]
+    window = _window(tables[0].shape[0], state.get(f"{first[0]}attn.relative_position_index"), rank)
+    return {
+        "spatial_dims": rank,
+        "in_channels": kernel.shape[1],
+        "feature_size": width,
+        "patch_size": list(kernel.shape[2:]),
+        "depths": [len(n) for n in numbers],
+        "num_heads": [table.shape[1] for table in tables],
+        **({"window_size": window} if window else {}),
+        "mlp_ratio": state[f"{first[0]}mlp.{mlp}1.weight"].shape[0] / width,
+        "qkv_bias": f"{first[0]}attn.qkv.bias" in state,
+        "patch_norm": f"{root}patch_embed.norm.weight" in state,
+        **({"downsample": "merging"} if rank == 2 else {}),  # where there is one order only
+    }
+
+
+def _infer_monai(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {
+        **_infer_encoder(state, "linear", "swinViT."),
+        "out_channels": state["out.conv.conv.weight"].shape[0],
+        "norm_name": "batch" if "encoder1.layer.norm1.weight" in state else "instance",
+        "use_v2": "swinViT.layers1c.0.layer.conv1.conv.weight" in state,
+    }
+
+
+def _infer_ssl(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {**_infer_encoder(state, "fc"), "downsample": "merging_legacy"}
+
+
+def _infer_dae(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    def plain(key: str) -> str:
+        return re.sub(r"^encoder\.(layers\d\.0\.)?(?:0\.)?", r"\1", key).replace(".mlp.linear", ".mlp.fc")
+
+    return _infer_ssl({plain(k): v for k, v in state.items() if k.startswith("encoder.")})
+
+
+def _window(rows: int, index: Tensor | None, rank: int) -> list[int] | None:
+    """Window whose bias table has ``rows`` rows; the stored ``index`` tells apart those of unequal edges."""
+    if index is None:
+        edge = (round(rows ** (1 / rank)) + 1) // 2
+        return [edge] * rank if (2 * edge - 1) ** rank == rows else None
+    tokens = index.shape[0]
+    edges = [n for n in range(1, tokens + 1) if tokens % n == 0]
+    for window in product(edges, repeat=rank):
+        if prod(window) == tokens and prod(2 * w - 1 for w in window) == rows:
+            strides = [prod(2 * w - 1 for w in window[i + 1 :]) for i in range(rank)]
+            # the first token's row: offsets from it to every token of the window
+            row = [sum((w - 1 - n) * s for w, n, s in zip(window, at, strides, strict=True)) for at in _raster(window)]
+            if index[0].tolist() == row:
+                return list(window)
+    return None
+
+
+def _raster(window: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    return product(*map(range, window))
+
+
+_SSL_LACKS = r"(stem|skips|bottleneck|ups|head)\..*"
+LAYOUTS = (
+    Layout(
+        "monai",
+        "swin_unetr",
+        MONAI_KEYS,
+        (r"swinViT\.patch_embed\.proj\.weight", r"out\.conv\.conv\.weight"),
+        infer=_infer_monai,
+        ask={
+            "downsample": "neither keys nor shapes tell the order of patch merging, and another one computes something "
+            "else; 'merging_legacy' for weights trained with MONAI before 1.5 (all that were published before 2025), "
+            "'merging' for those of MONAI 1.5 and later, 'mergingv2' where the training said so"
+        },
+    ),
+    Layout(
+        "monai-ssl",
+        "swin_unetr",
+        SSL_KEYS,
+        (r"patch_embed\.proj\.weight", r"layers1\.0\.blocks\.0\.mlp\.fc1\.weight"),
+        partial=_SSL_LACKS,
+        infer=_infer_ssl,
+    ),
+    Layout(
+        "monai-dae",
+        "swin_unetr",
+        DAE_KEYS,
+        (r"encoder\.patch_embed\.proj\.weight", r"encoder\.layers1\.0\.0\.blocks\.0\.norm1\.weight"),
+        partial=_SSL_LACKS,
+        infer=_infer_dae,
+    ),
 )

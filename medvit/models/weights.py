@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from medvit.errors import WeightsMismatch
 
-_ARITHMETIC = re.compile(r"\{(\d+)-(\d+)\}")
+_ARITHMETIC = re.compile(r"\{(\d+)([+-])(\d+)\}")
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class KeyMap:
     Args:
         name: of the foreign layout, for messages.
         table: regular expression of the whole foreign key to a replacement template, or to None for keys dropped on
-            purpose. In a template ``{a-b}`` is evaluated after substitution (``layers1`` is stage 0).
+            purpose. In a template ``{a-b}`` and ``{a+b}`` are evaluated after substitution (``layers1`` is stage 0).
     """
 
     name: str
@@ -41,7 +42,7 @@ class KeyMap:
             if match:
                 if template is None:
                     return None
-                return _ARITHMETIC.sub(lambda m: str(int(m[1]) - int(m[2])), match.expand(template))
+                return _ARITHMETIC.sub(_evaluate, match.expand(template))
         raise KeyError(key)
 
     def apply(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -70,19 +71,58 @@ class KeyMap:
         return out
 
 
-def load_weights(model: nn.Module, state: Mapping[str, Tensor], key_map: KeyMap | None = None) -> None:
+@dataclass(frozen=True)
+class Layout:
+    """A public form of a model's weights: how to know it, and its total key table.
+
+    Args:
+        name: of the layout, as ``--layout`` takes it.
+        model: registry name of the network that it becomes.
+        keys: the table.
+        marks: regular expressions; the layout is recognised iff each matches some whole key (after unwrapping).
+        partial: regular expression of the whole names of ours that such a file may lack (a file of an encoder only
+            lacks the decoder); None: nothing may lack.
+        transform: run on the state dict before renaming, for what is not one to one (q, k and v fused into qkv).
+        infer: constructor values of ours that follow from names and shapes; takes the state dict before ``transform``,
+            and raises KeyError where a key that it reads is not there.
+        ask: constructor arguments that decide what the weights compute, though no key and no shape tells them; with the
+            reason to give to people. One that ``infer`` does not return must be given.
+    """
+
+    name: str
+    model: str
+    keys: KeyMap
+    marks: tuple[str, ...]
+    partial: str | None = None
+    transform: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+    infer: Callable[[Mapping[str, Tensor]], dict[str, Any]] | None = None
+    ask: Mapping[str, str] = field(default_factory=dict)
+
+    def prepared(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state dict that the key table speaks of, after ``transform``."""
+        return self.transform(dict(state)) if self.transform else dict(state)
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], layout: Layout | KeyMap | None = None) -> None:
     """Copy a state dict into a model; every key and shape must agree. Nothing is copied otherwise.
 
     Args:
         model: receives the weights, converted to its own dtype.
-        state: tensors by name, medvit's names or, with ``key_map``, a foreign layout's.
-        key_map: the foreign layout.
+        state: tensors by name, medvit's names or, with ``layout``, a foreign layout's.
+        layout: the foreign layout, or its key map alone. What a layout calls partial may be missing from the state
+            and stays as it is in the model.
 
     Raises:
         WeightsMismatch: missing or unexpected keys, or other shapes; the message lists them.
     """
-    given = key_map.apply(state) if key_map else dict(state)
+    if layout is None:
+        given = dict(state)
+    else:
+        given = layout.keys.apply(layout.prepared(state)) if isinstance(layout, Layout) else layout.apply(state)
+    optional = layout.partial if isinstance(layout, Layout) else None
     own = model.state_dict()
+    if optional is not None:
+        given = {k: v for k, v in own.items() if re.fullmatch(optional, k)} | given
     missing = sorted(own.keys() - given.keys())
     unexpected = sorted(given.keys() - own.keys())
     shapes = [
@@ -144,3 +184,8 @@ def file_sha256(path: str | Path) -> str:
 
 def _some(items: list[str], most: int = 6) -> str:
     return ", ".join(items[:most]) + (f", and {len(items) - most} more" if len(items) > most else "")
+
+
+def _evaluate(match: re.Match[str]) -> str:
+    left, sign, right = match.groups()
+    return str(int(left) + int(right) * (1 if sign == "+" else -1))

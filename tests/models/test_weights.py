@@ -8,12 +8,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from medvit.errors import WeightsMismatch
-from medvit.models.weights import KeyMap, file_sha256, load_weights, read_state
+from medvit.models.weights import KeyMap, Layout, file_sha256, load_weights, read_state
 
 KEYS = KeyMap(
     "theirs",
     {
         r"stage(\d)\.linear(\d+)\.(weight|bias)": r"{\1-1}.{10-\2}.\3",
+        r"merge(\d+)\.(weight|bias)": r"{\1+1}.merge.\2",
         r"stage\d\.index": None,
         r"head\.(weight|bias)": r"out.\1",
     },
@@ -41,6 +42,7 @@ def zeros(*keys):
         ("stage1.linear10.weight", "0.0.weight"),
         ("stage3.linear2.bias", "2.8.bias"),
         ("head.bias", "out.bias"),
+        ("merge9.bias", "10.merge.bias"),
         ("stage2.index", None),
     ],
 )
@@ -100,6 +102,30 @@ def test_a_foreign_layout_goes_through_its_key_map():
         KeyMap("short", {"w": "0.weight", "b": "0.bias", "step": None}),
     )
     assert model(torch.tensor([[2.0]])).item() == 10
+
+
+def _joined(state):
+    return {**{k: v for k, v in state.items() if k not in "qk"}, "qk": torch.cat([state["q"], state["k"]])}
+
+
+def test_a_layout_transforms_before_it_renames():
+    model, state = nn.Sequential(nn.Linear(1, 2)), {"q": torch.ones(1, 1), "k": torch.zeros(1, 1), "b": torch.ones(2)}
+    layout = Layout("split", "m", KeyMap("split", {"qk": "0.weight", "b": "0.bias"}), (), transform=_joined)
+    load_weights(model, state, layout)
+    assert model[0].weight.flatten().tolist() == [1, 0]
+    assert list(state) == ["q", "k", "b"]
+
+
+def test_what_a_layout_calls_partial_stays_as_it_is():
+    model = Failing()
+    before = model.second.weight.clone()
+    layout = Layout("encoder", "m", KeyMap("encoder", {r"e\.(\w+)": r"first.\1"}), (), partial=r"second\..*")
+    load_weights(model, {"e.weight": torch.ones(3, 2), "e.bias": torch.ones(3)}, layout)
+    assert torch.equal(model.second.weight, before)
+    assert (model.first.weight == 1).all()
+    with pytest.raises(WeightsMismatch, match=r"1 missing \(first\.bias\)"):
+        load_weights(model, {"e.weight": torch.zeros(3, 2)}, layout)
+    assert (model.first.weight == 1).all()
 
 
 @pytest.mark.parametrize(
