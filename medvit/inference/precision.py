@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Autocast(Inferer):  # type: ignore[misc]  # MONAI ships no types
-    """Runs another inferer under ``torch.autocast`` and returns float32 logits, on any device.
+    """Runs another inferer under ``torch.autocast`` and returns float32 logits, one tensor or a list, on any device.
 
     MONAI's engines autocast on CUDA only; bfloat16 doubles the speed of convolutions on many CPUs too.
 
@@ -31,8 +31,8 @@ class Autocast(Inferer):  # type: ignore[misc]  # MONAI ships no types
             raise ValueError(f"autocast dtype must be one of {sorted(kinds)}, got {dtype!r}")
         self.inferer, self.enabled, self.dtype = inferer, enabled, kinds[dtype]
 
-    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Logits of ``inputs`` in float32."""
+    def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor | list[Tensor]:
+        """Logits of ``inputs`` in float32; a list under deep supervision."""
         with torch.autocast(inputs.device.type, self.dtype, enabled=self.enabled):
-            logits: Tensor = self.inferer(inputs, network, *args, **kwargs)
-        return logits.float()
+            logits: Tensor | Sequence[Tensor] = self.inferer(inputs, network, *args, **kwargs)
+        return logits.float() if isinstance(logits, Tensor) else [scale.float() for scale in logits]

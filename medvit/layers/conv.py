@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
 from medvit.dims import batch_norm, conv, conv_transpose, instance_norm
 
+M = TypeVar("M", bound=nn.Module)
 _NORMS = {"instance": instance_norm, "batch": batch_norm}
 
 
@@ -19,6 +24,23 @@ def image_norm(spatial_dims: int, channels: int, name: str) -> nn.Module:
     if name not in _NORMS:
         raise ValueError(f"norm must be one of {sorted(_NORMS)}, got {name!r}")
     return _NORMS[name](spatial_dims, channels)
+
+
+def float32_on_tiny_maps(forward: Callable[[M, Tensor], Tensor]) -> Callable[[M, Tensor], Tensor]:
+    """Decorator of a ``forward`` that keeps maps with a side below 3 out of bfloat16 autocast on the CPU.
+
+    Where a side is 2, torch 2.15 leaves uninitialised memory in the bfloat16 weight gradient of a 3-wide convolution,
+    grouped or not; maps this small cost nothing in float32.
+    """
+
+    @wraps(forward)
+    def guarded(self: M, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and min(x.shape[2:]) < 3 and torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                return forward(self, x.float() if x.dtype == torch.bfloat16 else x)
+        return forward(self, x)
+
+    return guarded
 
 
 class ResidualBlock(nn.Module):
@@ -46,16 +68,9 @@ class ResidualBlock(nn.Module):
                 image_norm(spatial_dims, out_channels, norm),
             )
 
+    @float32_on_tiny_maps
     def forward(self, x: Tensor) -> Tensor:
         """``(B, in_channels, *spatial)`` to ``(B, out_channels, *spatial)``."""
-        if x.device.type == "cpu" and min(x.shape[2:]) < 3:
-            # torch 2.15 on the CPU: where a side is 2, the bfloat16 weight gradient of a 3-wide convolution holds
-            # uninitialised memory. Maps this small cost nothing in float32.
-            with torch.autocast("cpu", enabled=False):
-                return self._forward(x.float() if x.dtype == torch.bfloat16 else x)
-        return self._forward(x)
-
-    def _forward(self, x: Tensor) -> Tensor:
         out = self.act(self.norm1(self.conv1(x)))
         out = self.norm2(self.conv2(out))
         total: Tensor = self.act(out + self.shortcut(x))

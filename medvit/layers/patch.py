@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -90,3 +91,32 @@ class PatchMerging(nn.Module):
         parts = [x[(slice(None), *[slice(o, None, 2) for o in offset])] for offset in self.offsets]
         merged: Tensor = self.reduction(self.norm(torch.cat(parts, -1)))
         return merged
+
+
+class PatchExpand(nn.Module):
+    """Refine a token grid: each token becomes a box of tokens, by a linear map without bias and a LayerNorm.
+
+    Args:
+        dim, out_dim: channels in and out.
+        factor: tokens of the box along each axis; its length is the rank.
+
+    Shapes: ``(B, *grid, dim)`` to ``(B, *(grid * factor), out_dim)``; the linear map's outputs are the box in raster
+    order, channels fastest.
+
+    Source: Cao et al., "Swin-Unet" (ECCV-W 2022); in 3D, Wu et al., "D-Former" (2022).
+    """
+
+    def __init__(self, dim: int, out_dim: int, factor: tuple[int, ...]):
+        super().__init__()
+        self.factor = factor
+        self.expand = nn.Linear(dim, prod(factor) * out_dim, bias=False)
+        self.norm = nn.LayerNorm(out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Expand; see the class."""
+        rank = len(self.factor)
+        finer = [n * f for n, f in zip(x.shape[1:-1], self.factor, strict=True)]
+        boxes = self.expand(x).unflatten(-1, (*self.factor, -1))
+        order = [0, *[v for axis in range(rank) for v in (1 + axis, 1 + rank + axis)], 1 + 2 * rank]
+        expanded: Tensor = self.norm(boxes.permute(order).reshape(x.shape[0], *finer, -1))
+        return expanded

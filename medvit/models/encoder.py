@@ -41,7 +41,7 @@ def check_image(x: Tensor, in_channels: int, spatial_dims: int) -> None:
         ValueError: another rank, other channels, or an axis without voxels.
     """
     if x.dim() != 2 + spatial_dims or x.shape[1] != in_channels or not all(n > 0 for n in x.shape[2:]):
-        grey = x.dim() == 2 + spatial_dims and x.shape[1] == 1
+        grey = x.dim() == 2 + spatial_dims and x.shape[1] == 1 < in_channels
         raise ValueError(
             f"this network needs (B, {in_channels}, {spatial_dims} spatial axes), got shape {tuple(x.shape)}"
             + (f"; repeat the channel of a grey image {in_channels} times" if grey else "")

@@ -57,3 +57,8 @@ def test_arguments_reach_the_network():
 def test_an_unknown_dtype_is_refused():
     with pytest.raises(ValueError, match=r"must be one of \['bfloat16', 'float16'\], got 'float64'"):
         Autocast(SimpleInferer(), dtype="float64")
+
+
+def test_every_scale_of_deep_supervision_comes_in_float32():
+    scales = Autocast(SimpleInferer())(torch.ones(1, 1, 4, 4), lambda x: [x.bfloat16(), x[..., ::2].bfloat16()])
+    assert [(y.dtype, tuple(y.shape)) for y in scales] == [(torch.float32, (1, 1, 4, 4)), (torch.float32, (1, 1, 4, 2))]

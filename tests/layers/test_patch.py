@@ -1,11 +1,13 @@
 """Patches and merging: orders as numbers, since weights are tied to them."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from medvit.layers.patch import PatchEmbed, PatchMerging, merging_offsets
+from medvit.layers.patch import PatchEmbed, PatchExpand, PatchMerging, merging_offsets
 
 
 def bare(module):
@@ -121,3 +123,31 @@ def test_patches_of_depth_one_are_those_of_2d():
     deep.load_state_dict({k: v.unsqueeze(2) if k == "proj.weight" else v for k, v in flat.state_dict().items()})
     x = torch.randn(2, 3, 7, 9)
     torch.testing.assert_close(deep(x[:, :, None]), flat(x)[:, None], rtol=0, atol=1e-6)
+
+
+# --- patch expanding
+
+
+@pytest.mark.parametrize(
+    ("grid", "factor"), [((3,), (4,)), ((3, 2), (2, 5)), ((2, 3, 4), (2, 2, 2)), ((1, 2, 1), (1, 3, 2))]
+)
+def test_a_token_becomes_a_box_in_raster_order_channels_fastest(grid, factor):
+    torch.manual_seed(0)
+    expand = PatchExpand(6, 5, factor)
+    nn.init.normal_(expand.norm.weight)
+    nn.init.normal_(expand.norm.bias)
+    x = torch.randn(2, *grid, 6)
+    out = expand(x)
+    assert out.shape == (2, *[n * f for n, f in zip(grid, factor, strict=True)], 5)
+    for row, offset in enumerate(product(*map(range, factor))):
+        weight = expand.expand.weight[5 * row : 5 * row + 5]
+        expected = F.layer_norm(x @ weight.T, (5,), expand.norm.weight, expand.norm.bias)
+        got = out[(slice(None), *[slice(o, None, f) for o, f in zip(offset, factor, strict=True)])]
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+def test_expanding_by_depth_one_is_that_of_2d():
+    flat, deep = PatchExpand(8, 4, (2, 3)), PatchExpand(8, 4, (1, 2, 3))
+    deep.load_state_dict(flat.state_dict())
+    x = torch.randn(2, 3, 4, 8)
+    torch.testing.assert_close(deep(x[:, None]), flat(x)[:, None], rtol=0, atol=1e-6)
