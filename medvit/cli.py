@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from medvit.cli_weights import weights
 from medvit.errors import MedvitError, NothingFound, OutputError
+from medvit.terminal import console, emit, errors, progress, quiet, say, table
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from medvit.data.study import Inventory
+    from medvit.data.study import Inventory, Series
     from medvit.inference.batch import FolderRunner
 
 app = typer.Typer(
@@ -27,9 +26,10 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    help="Segment medical images with MONAI bundles, and look at what is in a folder of DICOM or NIfTI first.\n\n"
+    help="Segment medical images with MONAI bundles, and look at what is in a folder of images first.\n\n"
     "Exit status: 0 everything succeeded, 1 something failed, 2 wrong usage. No command uses the network.",
 )
+app.add_typer(weights, name="weights")
 
 
 class Format(StrEnum):
@@ -37,10 +37,11 @@ class Format(StrEnum):
 
     nifti = "nifti"
     dicom_seg = "dicom-seg"
+    png = "png"
     overlay = "overlay"
 
 
-Inputs = Annotated[list[Path], typer.Argument(help="DICOM or NIfTI files, or folders searched to any depth.")]
+Inputs = Annotated[list[Path], typer.Argument(help="DICOM, NIfTI or photographs, or folders searched to any depth.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the results; made if needed.")]
 BundleName = Annotated[str, typer.Argument(help="A bundle's folder or name (see `medvit bundles`).")]
 
@@ -78,9 +79,9 @@ def predict(
 ) -> None:
     """Segment every image found in INPUTS.
 
-    Writes for each case a label map on the source's own voxel grid (NIfTI; DICOM SEG for DICOM sources) and an overlay
-    picture, and for the run `volumes.csv`, `volumes.json` and `manifest.jsonl` (one line per case, with the reason of
-    every failure). One bad case never stops the others.
+    Writes for each case a label map on the source's own grid (NIfTI; DICOM SEG for DICOM sources; PNG for photographs)
+    and an overlay picture, and for the run `volumes.csv`, `volumes.json` and `manifest.jsonl` (one line per case, with
+    the reason of every failure). One bad case never stops the others.
 
     Example: `medvit predict hippocampus_swin_unetr study/ --output results/`
     """
@@ -99,20 +100,17 @@ def predict(
         overrides["batch_size"] = batch_size
     if amp:
         overrides["amp"] = True
-    with _errors(), _quiet():
+    with errors(), quiet():
         runner = _runner(bundle, output, overrides)
-        records = list(_progress(runner.records(), "cases", len(runner.cases), "case"))
-        _table(
-            ("case", "structure", "volume mm³"),
-            [(r["case"], v["structure"], f"{v['volume_mm3']:.1f}") for r in records for v in r.get("volumes", ())],
-        )
+        records = list(progress(runner.records(), "cases", len(runner.cases), "case"))
+        table(*_sizes(records))
         for record in records:
             if record["status"] == "failed":
-                _say(f"failed: {record['case']} ({record['code']}): {record['reason']}")
+                say(f"failed: {record['case']} ({record['code']}): {record['reason']}")
         failed = sum(record["status"] == "failed" for record in records)
         skipped = sum(record["status"] == "skipped" for record in records)
         done = len(records) - failed - skipped
-        _say(f"{done} done, {skipped} skipped, {failed} failed; results and manifest.jsonl in {output}")
+        say(f"{done} done, {skipped} skipped, {failed} failed; results and manifest.jsonl in {output}")
     raise typer.Exit(1 if failed else 0)
 
 
@@ -128,30 +126,27 @@ def inspect(
 
     Example: `medvit inspect study/`
     """
-    with _errors():
+    with errors():
         inventory = _discover(inputs)
         usable = [s for s in inventory.series if s.problem is None]
         broken = [s for s in inventory.series if s.problem is not None]
         if as_json:
             for line in _inventory_lines(inventory):
-                _emit(line)
+                emit(line)
         else:
-            _table(
+            table(
                 ("image", "kind", "modality", "shape", "spacing mm", "axes", "files"),
-                [
-                    (s.name, s.kind, s.modality or "-", *(_grid(s.space) if s.space else ("-", "-", "-")), len(s.files))
-                    for s in usable
-                ],
+                [(s.name, s.kind, s.modality or "-", *_grid(s), len(s.files)) for s in usable],
             )
-            _table(
+            table(
                 ("cannot be used", "code", "why"),
                 [(s.name, s.problem.code, str(s.problem)) for s in broken if s.problem],
             )
-            _table(("set aside", "code", "why"), [(a.path, a.code, a.reason) for a in inventory.set_aside])
+            table(("set aside", "code", "why"), [(a.path, a.code, a.reason) for a in inventory.set_aside])
             for series in usable:
                 for note in series.notes:
-                    _say(f"note: {series.name}: {note}")
-            _say(f"{len(usable)} usable, {len(broken)} not usable, {len(inventory.set_aside)} files set aside")
+                    say(f"note: {series.name}: {note}")
+            say(f"{len(usable)} usable, {len(broken)} not usable, {len(inventory.set_aside)} files set aside")
         _require_images(inventory, inputs)
     raise typer.Exit(1 if broken or not usable else 0)
 
@@ -171,23 +166,23 @@ def convert(
     """
     from medvit.writers.convert import convert as convert_inventory
 
-    with _errors():
+    with errors():
         inventory = _discover(inputs, exclude=output)
         records = []
         total = len(inventory.series) + len(inventory.set_aside)
-        for record in _progress(convert_inventory(inventory, output, overwrite=overwrite), "series", total, "series"):
+        for record in progress(convert_inventory(inventory, output, overwrite=overwrite), "series", total, "series"):
             records.append(record)
             if as_json:
-                _emit(record)
+                emit(record)
         if not as_json:
-            shown = [r for r in records if r["status"] != "set-aside"]
-            _table(
+            shown = [r for r in records if r["series"]]
+            table(
                 ("series", "status", "output", "reason"),
                 [(r["series"], r["status"], r["output"] or "-", r["reason"] or "") for r in shown],
             )
         written = sum(r["output"] is not None for r in records)
         failed = sum(r["status"] == "rejected" for r in records)
-        _say(f"{written} written, {failed} rejected, {len(records) - written - failed} set aside")
+        say(f"{written} written, {failed} rejected, {len(records) - written - failed} set aside")
         _require_images(inventory, inputs)
     raise typer.Exit(1 if failed or not written else 0)
 
@@ -206,9 +201,9 @@ def bundles() -> None:
         except MedvitError as error:
             broken += 1
             rows.append((bundle.name, "-", str(error), bundle.root))
-    _table(("bundle", "version", "task", "folder"), rows)
+    table(("bundle", "version", "task", "folder"), rows)
     if not rows:
-        _say("no bundles found; set MEDVIT_BUNDLES to a folder of bundles")
+        say("no bundles found; set MEDVIT_BUNDLES to a folder of bundles")
     raise typer.Exit(1 if broken else 0)
 
 
@@ -220,9 +215,9 @@ def verify(bundle: BundleName) -> None:
     """
     from medvit.bundle import find_bundle
 
-    with _errors(), _quiet():
+    with errors(), quiet():
         checks = list(find_bundle(bundle).verify())
-        _table(("check", "result"), [(name, wrong or "ok") for name, wrong in checks])
+        table(("check", "result"), [(name, wrong or "ok") for name, wrong in checks])
     raise typer.Exit(1 if any(wrong for _, wrong in checks) else 0)
 
 
@@ -234,34 +229,13 @@ def main() -> None:
     app()
 
 
-@contextmanager
-def _errors() -> Iterator[None]:
-    """One line instead of a traceback for what a user can mend."""
-    try:
-        yield
-    except MedvitError as error:
-        logging.getLogger("medvit").debug("traceback", exc_info=True)
-        _say(f"medvit: {error}")
-        raise typer.Exit(1) from None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep remarks of other libraries off the terminal; see :func:`_common`."""
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 def _runner(bundle: str, output: Path, overrides: dict[str, Any]) -> FolderRunner:
     """The bundle's runner; if there is none the manifest says why."""
     from medvit.bundle import find_bundle
 
     found = find_bundle(bundle)
     try:
-        with _console().status("loading the bundle and reading headers"):
+        with console().status("loading the bundle and reading headers"):
             return found.runner(**overrides)
     except OutputError:  # a folder that is not to be written to, for instance since it is an input
         raise
@@ -276,18 +250,18 @@ def _runner(bundle: str, output: Path, overrides: dict[str, Any]) -> FolderRunne
 def _discover(inputs: Sequence[Path], exclude: Path | None = None) -> Inventory:
     from medvit.data.study import discover
 
-    console = _console()
-    with _quiet():
-        if not console.is_terminal:
+    screen = console()
+    with quiet():
+        if not screen.is_terminal:
             return discover(inputs, exclude=exclude)
-        with console.status("reading headers") as status:
+        with screen.status("reading headers") as status:
             return discover(inputs, exclude=exclude, progress=lambda n: status.update(f"reading headers: {n} files"))
 
 
 def _require_images(inventory: Inventory, inputs: Sequence[Path]) -> None:
     if not inventory.series:
         where = ", ".join(map(str, inputs))
-        raise NothingFound(f"{where}: no DICOM series and no NIfTI file found; check the path")
+        raise NothingFound(f"{where}: no DICOM series, NIfTI file or photograph found; check the path")
 
 
 def _inventory_lines(inventory: Inventory) -> Iterator[dict[str, Any]]:
@@ -302,70 +276,37 @@ def _inventory_lines(inventory: Inventory) -> Iterator[dict[str, Any]]:
             "files": [str(f) for f in series.files],
             "modality": series.modality,
             "shape": list(space.shape) if space else None,
-            "spacing": [round(step, 6) for step in space.spacing] if space else None,
-            "orientation": space.orientation if space else None,
+            "spacing": [round(step, 6) for step in space.spacing] if space and space.unit == "mm" else None,
+            "orientation": (space.orientation or None) if space else None,
+            **({"channels": series.channels} if series.kind == "raster" else {}),
         }
     for aside in inventory.set_aside:
         unknown = dict.fromkeys(("series", "modality", "shape", "spacing", "orientation"))
         yield {"status": "set-aside", "code": aside.code, "reason": aside.reason, "files": [str(aside.path)], **unknown}
 
 
-def _grid(space: Any) -> tuple[str, str, str]:
+def _grid(series: Series) -> tuple[str, str, str]:
+    """Shape, spacing and axes of a series, or the size and channels of a photograph."""
+    space = series.space
+    if space is None:
+        return "-", "-", "-"
+    if space.unit == "px":
+        return f"{space.shape[0]}×{space.shape[1]}, {'colour' if series.channels > 1 else 'grey'}", "-", "-"
     return "×".join(map(str, space.shape)), "×".join(f"{v:.3g}" for v in space.spacing), space.orientation
 
 
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(stderr=True)
-
-
-def _progress(items: Iterable[dict[str, Any]], what: str, total: int, name: str) -> Iterator[dict[str, Any]]:
-    """A bar on a terminal; a line on standard error for each item, with its ``name`` and status, when piped."""
-    console = _console()
-    if not console.is_terminal:
-        for number, item in enumerate(items, 1):
-            _say(f"{number}/{total} {item[name] or item['files'][0]}: {item['status']}")
-            yield item
-        return
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TextColumn(what), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        yield from progress.track(items, total=total, description="")
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table on a terminal; tab-separated lines when piped; nothing without rows."""
-    if not rows:
-        return
-    cells = [[_one_line(value) for value in row] for row in (header, *rows)]
-    if not sys.stdout.isatty():
-        for row in cells:
-            typer.echo("\t".join(row))
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*header)
-    for row in cells[1:]:
-        table.add_row(*map(Text, row))
-    Console().print(table)
-
-
-def _one_line(value: object) -> str:
-    """Text without line ends and tabs; bytes of a file name that are no UTF-8 become escapes."""
-    text = str(value).encode("utf-8", "backslashreplace").decode()
-    return text.translate(dict.fromkeys(map(ord, "\t\n\r"), " "))
-
-
-def _say(text: str) -> None:
-    typer.echo(_one_line(text), err=True)
-
-
-def _emit(record: dict[str, Any]) -> None:
-    typer.echo(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace"))
+def _sizes(records: Sequence[dict[str, Any]]) -> tuple[Sequence[str], list[Sequence[Any]]]:
+    """Header and rows of what a run found: volumes, or areas where there are photographs among the cases."""
+    rows = [(r["case"], v) for r in records for v in r.get("volumes", ())]
+    volumes = [f"{v['volume_mm3']:.1f}" if v["volume_mm3"] is not None else "-" for _, v in rows]
+    header: tuple[str, ...] = ("case", "structure", "volume mm³")
+    cells: list[Sequence[Any]] = [
+        (case, v["structure"], volume) for (case, v), volume in zip(rows, volumes, strict=True)
+    ]
+    if not any("area_px" in v for _, v in rows):
+        return header, cells
+    areas = [(v.get("area_px", "-"), v.get("fraction", "-")) for _, v in rows]
+    return (*header, "area px", "fraction"), [(*cell, *area) for cell, area in zip(cells, areas, strict=True)]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Make a small study folder of real anatomy, without a download: the left hippocampus of the MNI152 T1 template.
 
     python scripts/make_demo_study.py OUT
+    python scripts/make_demo_study.py --retina OUT
 
 The template ships inside the nilearn wheel (extra ``demo``). OUT receives
 
@@ -8,7 +9,12 @@ The template ships inside the nilearn wheel (extra ``demo``). OUT receives
     left_hippocampus.nii.gz  the same voxels as NIfTI
     ATTRIBUTION.txt          where the template is from, and its licence
 
-Equal versions of nilearn and pydicom give equal bytes; files of an earlier call are replaced.
+With --retina it receives a photograph instead, which ships inside the scikit-image wheel:
+
+    left_eye.jpg             the fundus of a healthy left eye, 1411 x 1411 pixels
+    ATTRIBUTION.txt
+
+Equal versions of nilearn, pydicom and scikit-image give equal bytes; files of an earlier call are replaced.
 """
 
 from __future__ import annotations
@@ -52,6 +58,12 @@ without express or implied warranty. The authors are not responsible for any dat
 loss, or injury to subjects or patients resulting from the use or misuse of this software package.
 """
 
+RETINA_ATTRIBUTION = """\
+left_eye.jpg is the file retina.jpg of scikit-image {version} (skimage.data.retina), unchanged: a fundus photograph of a
+normal left eye by Mikael Häggström, 2014, released under CC0 1.0 (public domain).
+https://commons.wikimedia.org/wiki/File:Fundus_photograph_of_normal_left_eye.jpg
+"""
+
 
 def make_study(folder: Path) -> None:
     """Write the demo study into ``folder``, which is created if needed."""
@@ -68,6 +80,17 @@ def make_study(folder: Path) -> None:
 
     with atomic(folder / "ATTRIBUTION.txt", overwrite=True) as part:
         part.write_text(ATTRIBUTION.format(version=__version__), encoding="utf-8")
+
+
+def make_retina(folder: Path) -> None:
+    """Write the demo photograph into ``folder``, which is created if needed."""
+    from importlib.metadata import version
+    from importlib.resources import files
+
+    with atomic(folder / "left_eye.jpg", overwrite=True) as part:
+        part.write_bytes((files("skimage") / "data/retina.jpg").read_bytes())
+    with atomic(folder / "ATTRIBUTION.txt", overwrite=True) as part:
+        part.write_text(RETINA_ATTRIBUTION.format(version=version("scikit-image")), encoding="utf-8")
 
 
 def hippocampus() -> Any:
@@ -148,7 +171,9 @@ def main() -> None:
     """Parse the command line and make the study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of the study")
-    make_study(parser.parse_args().out)
+    parser.add_argument("--retina", action="store_true", help="a photograph of a retina instead")
+    options = parser.parse_args()
+    (make_retina if options.retina else make_study)(options.out)
 
 
 if __name__ == "__main__":

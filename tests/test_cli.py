@@ -639,8 +639,8 @@ def test_verify(tmp_path):
 
 def test_tables_are_drawn_on_a_terminal(study, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    from medvit import cli
+    from medvit import terminal
 
-    cli._table(("a", "b"), [("x[bold]", 1)])
+    terminal.table(("a", "b"), [("x[bold]", 1)])
     drawn = capsys.readouterr().out
     assert "x[bold]" in drawn and "┃" in drawn and "\t" not in drawn

@@ -116,9 +116,11 @@ def complaints(command: str) -> list[str]:
         return []
     wrong = [word for word in words if word.startswith(("bundles/", "configs/", "scripts/", "./")) and not exists(word)]
     if words[0] == "medvit":
-        known = typer.main.get_command(app).commands.get(words[1])  # type: ignore[attr-defined]
+        known, rest = typer.main.get_command(app), words[1:]
+        while rest and known and hasattr(known, "commands"):  # medvit weights convert ...
+            wrong += [rest[0]] if rest[0] not in known.commands else []
+            known, rest = known.commands.get(rest[0]), rest[1:]
         options = {name for parameter in known.params for name in parameter.opts} if known else {}
-        wrong += [word for word in words[1:2] if known is None]
         wrong += [word for word in words if word.startswith("--") and word.partition("=")[0] not in options]
     elif "monai.bundle" in words:
         wrong += unknown_keys(words[words.index("monai.bundle") + 1 :])
@@ -163,6 +165,9 @@ def test_commands_that_are_not_run_name_what_exists(where: str, code: str) -> No
         ("medvit predict hippocampus_swin_unetr in --output out --overwrite", []),
         ("medvit predict hippocampus_swin_unetr in --outptu out", ["--outptu"]),
         ("medvit prdict", ["prdict"]),
+        ("medvit weights inspect model.pt --json", []),
+        ("medvit weights convrt model.pt", ["convrt"]),
+        ("medvit weights convert model.pt --modle mae", ["--modle"]),
         ("./scripts/no-such-script # a comment", ["./scripts/no-such-script", "./scripts/no-such-script"]),
         ("python scripts/freeze_weights.py bundles/hippocampus_swin_unetr x.pt --halve", ["--halve"]),
         ("python -m monai.bundle run --config_file bundles/no/train.json", ["bundles/no/train.json"] * 2),

@@ -1,4 +1,4 @@
-"""From files to volumes with a proven place in the patient. Importing this does not import MONAI."""
+"""From files to volumes with a proven place in the patient, and photographs. Importing this does not import MONAI."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from medvit.data.cases import list_cases as list_cases
     from medvit.data.dicom import read_dicom as read_dicom
     from medvit.data.nifti import read_nifti as read_nifti
+    from medvit.data.radiograph import Radiograph as Radiograph
+    from medvit.data.radiograph import RadiographReader as RadiographReader
+    from medvit.data.radiograph import read_radiograph as read_radiograph
+    from medvit.data.raster import read_raster as read_raster
     from medvit.data.reader import VolumeReader as VolumeReader
     from medvit.data.reader import read_volume as read_volume
     from medvit.data.space import Space as Space
@@ -22,6 +26,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "Inventory": "study",
     "Series": "study",
+    "Radiograph": "radiograph",
+    "RadiographReader": "radiograph",
     "SetAside": "study",
     "Source": "volume",
     "Space": "space",
@@ -31,6 +37,8 @@ _HOMES = {
     "list_cases": "cases",
     "read_dicom": "dicom",
     "read_nifti": "nifti",
+    "read_radiograph": "radiograph",
+    "read_raster": "raster",
     "read_volume": "reader",
 }
 

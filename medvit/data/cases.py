@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from medvit.data.study import Inventory, Series, discover
+from medvit.data.study import Inventory, Series, discover, is_folder
 from medvit.errors import NothingFound
 
+VOLUMES = ("dicom", "nifti")
+_KINDS = {"dicom": "DICOM series", "nifti": "NIfTI file", "raster": "photograph"}
 _log = logging.getLogger("medvit")
 
 
@@ -18,12 +21,13 @@ def list_cases(
     modalities: Sequence[str] = (),
     key: str = "image",
     exclude: str | Path | None = None,
+    kinds: Sequence[str] = VOLUMES,
 ) -> list[dict[str, Any]]:
     """Every candidate image below ``dataset_dir``, one dictionary each, sorted by name.
 
     Candidates that cannot be used, unreadable files among them, are listed too: loading them raises the reason, so that
     it counts as a failed case. What is left out (files that are no images, scouts, results of earlier runs, other
-    modalities) goes to the log ``medvit``.
+    kinds and modalities) goes to the log ``medvit``.
 
     Args:
         dataset_dir: a folder or file, or several.
@@ -31,6 +35,8 @@ def list_cases(
             always taken.
         key: of the image in each dictionary.
         exclude: a folder that is not entered: give the output folder, lest results of an earlier run become inputs.
+        kinds: what to take: some of ``"dicom"``, ``"nifti"`` and ``"raster"`` (photographs). Volumes and photographs
+            are never mixed unless asked for: no network takes both by mistake.
 
     Returns:
         ``[{key: path or list of paths (str), "case": name, "notes": what a person should know (list of str)}, ...]``.
@@ -38,19 +44,32 @@ def list_cases(
     Raises:
         NothingFound: no such folder, or no candidate in it.
         OutputError: ``exclude`` is ``dataset_dir`` itself.
+        ValueError: an unknown kind, or none.
     """
+    if not kinds or not set(kinds) <= set(_KINDS):
+        raise ValueError(f"kinds must be some of {', '.join(_KINDS)}, got {list(kinds)}")
     inventory = discover(dataset_dir, exclude=exclude)
     wanted = {modality.upper() for modality in modalities}
-    chosen = [one for one in inventory.series if _is_wanted(one, wanted)]
+    chosen = [one for one in inventory.series if _is_kind(one, kinds) and _is_wanted(one, wanted)]
     if not chosen:
-        raise NothingFound(_nothing(dataset_dir, sorted(wanted), inventory))
+        raise NothingFound(_nothing(dataset_dir, kinds, sorted(wanted), inventory))
     for aside in inventory.set_aside:
         _log.info("%s: set aside (%s): %s", aside.path, aside.code, aside.reason)
     return [{key: _files(one), "case": one.name, "notes": list(one.notes)} for one in chosen]
 
 
+def _is_kind(one: Series, kinds: Sequence[str]) -> bool:
+    if one.kind in kinds or is_folder(one.files[0]):  # a closed folder may hold any kind
+        return True
+    # pictures lie beside volumes by the hundred and mean nothing; a volume among photographs is a mistake to be told
+    level = logging.INFO if one.kind == "raster" else logging.WARNING
+    wanted = " or ".join(f"a {_KINDS[kind]}" for kind in kinds)
+    _log.log(level, "%s: skipped, it is a %s and not %s", one.name, _KINDS[one.kind], wanted)
+    return False
+
+
 def _is_wanted(one: Series, wanted: set[str]) -> bool:
-    if not wanted or one.kind == "nifti" or one.modality in wanted or (one.problem is not None and not one.modality):
+    if not wanted or one.kind != "dicom" or one.modality in wanted or (one.problem is not None and not one.modality):
         return True
     _log.warning(
         "%s: skipped, its modality is %s and not %s", one.name, one.modality or "unknown", "/".join(sorted(wanted))
@@ -59,17 +78,20 @@ def _is_wanted(one: Series, wanted: set[str]) -> bool:
 
 
 def _files(one: Series) -> str | list[str]:
-    return str(one.files[0]) if one.kind == "nifti" else [str(file) for file in one.files]
+    return str(one.files[0]) if one.kind != "dicom" else [str(file) for file in one.files]
 
 
-def _nothing(dataset_dir: object, wanted: list[str], inventory: Inventory) -> str:
+def _nothing(dataset_dir: object, kinds: Sequence[str], wanted: list[str], inventory: Inventory) -> str:
     """What was looked for, where, and what was there instead."""
     where = dataset_dir if isinstance(dataset_dir, str | Path) else ", ".join(map(str, dataset_dir))  # type: ignore[call-overload]
-    kind = f"DICOM series of modality {' or '.join(wanted)}" if wanted else "DICOM series"
-    others = sorted({one.modality or "unknown" for one in inventory.series})
+    names = _KINDS | ({"dicom": f"DICOM series of modality {' or '.join(wanted)}"} if wanted else {})
+    sought = " and ".join(f"no {names[kind]}" for kind in names if kind in kinds)
+    others = sorted({one.modality or "unknown" for one in inventory.series if one.kind in kinds})
     found = [f"series of other modalities: {', '.join(others)}"] if others else []
+    counts = Counter(_KINDS[one.kind] for one in inventory.series if one.kind not in kinds)
+    found += [f"{name}: {count}, not taken here" for name, count in sorted(counts.items())]
     found += [f"{aside.path.name}: {aside.reason}" for aside in inventory.set_aside[:3]]
     more = len(inventory.set_aside) - 3
     if more > 0:
         found.append(f"and {more} more files that are no images")
-    return f"{where}: no {kind} and no NIfTI file found; there is: {'; '.join(found) or 'nothing at all'}"
+    return f"{where}: {sought} found; there is: {'; '.join(found) or 'nothing at all'}"

@@ -202,7 +202,7 @@ def read_dicom(files: Iterable[str | Path], name: str = "") -> Volume:
         raise assembly.problem or AssertionError("an assembly has a space or a problem")
     array = np.empty(assembly.space.shape[::-1], dtype=np.float32)
     for k, file in enumerate(assembly.files):
-        array[k] = _read_pixels(file, array.shape[1:])
+        array[k] = read_pixels(file, array.shape[1:])[2]
     first = headers[0]
     source = Source("dicom", assembly.files, first.modality, first.study_uid, first.series_uid, name)
     return Volume(array.transpose(2, 1, 0), assembly.space, source, assembly.notes)
@@ -215,8 +215,12 @@ def describe(header: Header) -> str:
     return f"{number}{description} ({header.modality or 'no modality'}, {header.matrix[1]} x {header.matrix[0]})"
 
 
-def _read_pixels(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """Rescaled pixels (row, column) of one file, float32."""
+def read_pixels(path: Path, shape: tuple[int, ...]) -> tuple[Dataset, np.ndarray, np.ndarray]:
+    """One image file: its data set, its stored values and these rescaled, both (row, column).
+
+    Raises:
+        UnreadableFile: pixels that cannot be decoded, or are not of ``shape``.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -240,7 +244,7 @@ def _read_pixels(path: Path, shape: tuple[int, ...]) -> np.ndarray:
             raise UnreadableFile(path, f"its pixels cannot be read ({type(error).__name__}: {detail})") from error
     if values.shape != shape:
         raise UnreadableFile(path, f"its pixels decode to shape {values.shape}, but its header and series need {shape}")
-    return values.astype(np.float32)
+    return ds, stored, values
 
 
 def _decode(path: Path, ds: Dataset) -> np.ndarray:

@@ -156,13 +156,17 @@ class LabelMap:
         return int(self._counts[structure.label]) if structure.label < len(self._counts) else 0
 
     def volumes(self) -> list[dict[str, Any]]:
-        """One row per structure, also empty ones: label, structure, voxels and volume_mm3 (to 0.001 mm³)."""
+        """One row per structure, also empty ones: label, structure, voxels and volume_mm3 (to 0.001 mm³).
+
+        A photograph has no physical size: there volume_mm3 is None, and two more entries are area_px, the number of
+        pixels, and fraction (to 1e-6), their share of all pixels, those around a round field of view included.
+        """
         return [
-            {
-                "label": s.label,
-                "structure": s.name,
-                "voxels": self.voxels(s),
-                "volume_mm3": round(self.voxels(s) * self.space.voxel_volume, 3),
-            }
-            for s in self.structures
+            {"label": s.label, "structure": s.name, "voxels": self.voxels(s), **self._size(s)} for s in self.structures
         ]
+
+    def _size(self, structure: Structure) -> dict[str, Any]:
+        voxels = self.voxels(structure)
+        if self.space.unit == "px":
+            return {"volume_mm3": None, "area_px": voxels, "fraction": round(voxels / self.array.size, 6)}
+        return {"volume_mm3": round(voxels * self.space.voxel_volume, 3)}

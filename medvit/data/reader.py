@@ -12,9 +12,10 @@ import numpy as np
 from monai.data import ImageReader
 from monai.utils import MetaKeys, SpaceKeys
 
+from medvit.data import nifti, raster
 from medvit.data.dicom import read_dicom
-from medvit.data.nifti import SUFFIXES, read_nifti
-from medvit.data.study import discover, is_folder
+from medvit.data.headers import looks_like_dicom
+from medvit.data.study import discover, is_folder, is_photograph
 from medvit.data.volume import Volume
 from medvit.errors import NothingFound, UnreadableSeries
 
@@ -22,7 +23,9 @@ _log = logging.getLogger("medvit")
 
 
 def read_volume(paths: str | Path | Sequence[str | Path]) -> Volume:
-    """Read one NIfTI file, one DICOM file, the DICOM files of one series, or a folder with exactly one usable series.
+    """Read one NIfTI file or photograph, the DICOM files of one series, or a folder with exactly one usable series.
+
+    Photographs in a folder do not count; they are read by their own names.
 
     Raises:
         NothingFound: a path that does not exist, or a folder without a usable series.
@@ -35,21 +38,23 @@ def read_volume(paths: str | Path | Sequence[str | Path]) -> Volume:
             raise NothingFound(f"{file}: no such file or folder")
     if len(files) == 1 and is_folder(files[0]):
         return _read_only_series(files[0])
-    nifti = [file for file in files if file.name.lower().endswith(SUFFIXES) and not _has_dicom_magic(file)]
-    if not nifti:
+    kinds = {file: _kind(file) for file in files}
+    whole = [file for file, kind in kinds.items() if kind != "dicom"]
+    if not whole:
         return read_dicom(files)
     if len(files) > 1:
-        reason = f"one NIfTI file makes a volume, but {len(files)} files came together; load them one by one"
-        raise UnreadableSeries(nifti[0], "several-files", reason)
-    return read_nifti(nifti[0])
+        reason = f"one NIfTI file or photograph makes an image, but {len(files)} files came together"
+        raise UnreadableSeries(whole[0], "several-files", f"{reason}; load them one by one")
+    return nifti.read_nifti(whole[0]) if kinds[whole[0]] == "nifti" else raster.read_raster(whole[0])
 
 
 class VolumeReader(ImageReader):  # type: ignore[misc]
     """MONAI image reader for everything :func:`read_volume` reads: ``LoadImaged(keys, reader=VolumeReader())``.
 
-    The array is ``(i, j, k)`` float32 without a channel (``EnsureChannelFirstd`` adds it), the affine RAS+ mm. Meta
-    data holds MONAI's own keys and ``medvit_kind``, ``modality``, ``study_uid``, ``series_uid``, ``medvit_notes``
-    (strings, ``""`` if unknown), ``medvit_files`` (list of paths as strings, DICOM in slice order) and
+    The array is ``(i, j, k)`` float32 without a channel, or ``(column, row, 1, 3)`` for a photograph in colour
+    (``EnsureChannelFirstd`` knows both), the affine RAS+ mm, or pixels of the upright picture. Meta data holds MONAI's
+    own keys and ``medvit_kind``, ``medvit_unit`` (``"mm"`` or ``"px"``), ``modality``, ``study_uid``, ``series_uid``,
+    ``medvit_notes`` (strings, ``""`` if unknown), ``medvit_files`` (list of paths as strings, DICOM in slice order) and
     ``frame_of_reference`` where the source has one.
     """
 
@@ -76,9 +81,10 @@ class VolumeReader(ImageReader):  # type: ignore[misc]
             MetaKeys.ORIGINAL_AFFINE.value: np.array(space.affine),
             MetaKeys.SPATIAL_SHAPE.value: np.array(space.shape),
             MetaKeys.SPACE.value: SpaceKeys.RAS.value,
-            MetaKeys.ORIGINAL_CHANNEL_DIM.value: "no_channel",
+            MetaKeys.ORIGINAL_CHANNEL_DIM.value: -1 if volume.array.ndim == 4 else "no_channel",
             "filename_or_obj": str(img[0]),
             "medvit_kind": source.kind,
+            "medvit_unit": space.unit,
             "medvit_files": [str(file) for file in source.files],
             "modality": source.modality,
             "study_uid": source.study_uid,
@@ -91,7 +97,7 @@ class VolumeReader(ImageReader):  # type: ignore[misc]
 
 
 def _read_only_series(folder: Path) -> Volume:
-    series = discover(folder).series
+    series = [one for one in discover(folder).series if one.kind != "raster"]
     usable = [one for one in series if one.problem is None]
     if len(usable) == 1:
         return usable[0].read()
@@ -108,9 +114,14 @@ def _read_only_series(folder: Path) -> Volume:
     raise NothingFound(f"{folder}: no DICOM series or NIfTI file that makes a 3D volume.{found}")
 
 
-def _has_dicom_magic(file: Path) -> bool:
+def _kind(file: Path) -> str:
+    """``"dicom"``, ``"nifti"`` or ``"raster"``, as :func:`medvit.data.study.discover` tells them apart."""
     try:
         with file.open("rb") as stream:
-            return stream.read(132)[128:] == b"DICM"
+            start = stream.read(132)
     except OSError:  # the reader will say so
-        return False
+        start = b""
+    if file.name.lower().endswith(nifti.SUFFIXES) and start[128:] != b"DICM":
+        return "nifti"
+    named = file.name.lower().endswith(raster.SUFFIXES) and not looks_like_dicom(start)
+    return "raster" if is_photograph(file, start) or named else "dicom"

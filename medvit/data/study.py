@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from medvit.data import dicom, nifti
+from medvit.data import dicom, nifti, raster
 from medvit.data.headers import Header, NotAnImage, looks_like_dicom, read_header
 from medvit.data.space import Space
 from medvit.data.volume import Volume
@@ -29,15 +29,16 @@ class Series:
     """One candidate image, known from headers.
 
     Args:
-        kind: ``"dicom"`` or ``"nifti"``; by its name for a file that cannot be opened.
+        kind: ``"dicom"``, ``"nifti"`` or ``"raster"`` (a photograph); by its name for a file that cannot be opened.
         files: in slice order for DICOM whose geometry is proven, else sorted by path. Those of an ``incomplete`` series
             end with the unreadable files beside it, so that reading them fails as :meth:`read` does.
         name: stem for outputs, unique in its inventory; mirrors the input tree with ``/``. Folder and file names are
             kept as they are; no tag that identifies a patient is used.
         modality, description, study_uid, series_uid: from DICOM; ``""`` where unknown.
         space: its grid, None when it cannot be proven.
-        problem: why it cannot be used as a 3D volume, None if it can (as far as headers tell).
+        problem: why it cannot be used as a 3D volume or photograph, None if it can (as far as headers tell).
         notes: what a person should know, one sentence each.
+        channels: values per voxel: 3 for photographs in colour.
     """
 
     kind: str
@@ -50,6 +51,7 @@ class Series:
     space: Space | None = None
     problem: MedvitError | None = None
     notes: tuple[str, ...] = ()
+    channels: int = 1
 
     def read(self) -> Volume:
         """Read the voxels; raises ``problem`` if there is one, else what the format's reader raises."""
@@ -57,6 +59,8 @@ class Series:
             raise self.problem
         if self.kind == "nifti":
             volume = nifti.read_nifti(self.files[0], self.name)
+        elif self.kind == "raster":
+            volume = raster.read_raster(self.files[0], self.name)
         else:
             volume = dicom.read_dicom(self.files, self.name)
         return replace(volume, notes=tuple(dict.fromkeys((*self.notes, *volume.notes))))
@@ -132,15 +136,20 @@ def discover(
     for one in series:
         if one.kind == "dicom" and not is_folder(one.files[0]):
             lost[one.files[0].parent].append(one.files[0])
-    named: list[tuple[str, Series | list[Header]]] = [(one.name, one) for one in series]
+    named: list[tuple[str, Series | list[Header]]] = [(one.name, one) for one in series if one.kind != "raster"]
     for group in dicom.group_series(headers):
         if group[0].localizer:
             set_aside += [SetAside(h.path, "localizer", "a scout image, made to plan others") for h in group]
         else:
             named.append((_dicom_name(group, bases[group[0].path]), group))
-    complete = (
+    volumes = [
         replace(one, name=name) if isinstance(one, Series) else _dicom_series(one, name, lost)
         for name, one in _uniquely_named(named)
+    ]
+    # named after the volumes, whose names a picture beside them must not change
+    pictures = _uniquely_named([(one.name, one) for one in series if one.kind == "raster"], [v.name for v in volumes])
+    complete = sorted(
+        [*volumes, *(replace(one, name=name) for name, one in pictures)], key=lambda one: _order(one.name)
     )
     return Inventory(tuple(complete), tuple(sorted(set_aside, key=lambda aside: aside.path)))
 
@@ -148,6 +157,15 @@ def discover(
 def is_folder(path: Path) -> bool:
     """True for a folder; unlike ``Path.is_dir`` False, and no exception, for a link to where there is no access."""
     return os.path.isdir(path)  # noqa: PTH112
+
+
+def is_photograph(path: Path, start: bytes) -> bool:
+    """True if a file, by its first 132 bytes, is a photograph, and neither DICOM as well nor in place of a slice."""
+    return (
+        raster.sniff(start) is not None
+        and start[128:132] != b"DICM"  # a TIFF may be
+        and not path.name.lower().endswith(_DICOM_SUFFIXES)
+    )
 
 
 def _checked(inputs: str | Path | Iterable[str | Path], exclude: str | Path | None) -> list[Path]:
@@ -235,6 +253,8 @@ def _examine(found: _Found) -> Header | Series | SetAside:
         return _unreadable(found, f"cannot be opened: {error.strerror or error}")
     if lower.endswith(nifti.SUFFIXES) and start[128:132] != b"DICM":
         return _nifti_series(found)
+    if is_photograph(path, start):
+        return _raster_series(found)
     if looks_like_dicom(start):
         try:
             return read_header(path)
@@ -245,12 +265,16 @@ def _examine(found: _Found) -> Header | Series | SetAside:
                 return Series("dicom", (path,), _relative(path.with_suffix(""), found.base), problem=error)
     if lower.endswith(_DICOM_SUFFIXES):
         return _unreadable(found, "named like DICOM, but " + ("not DICOM inside" if start else "empty"))
+    if lower.endswith(raster.SUFFIXES):
+        inside = "no PNG, JPEG, TIFF or BMP inside" if start else "empty"
+        return _unreadable(found, f"named like a photograph, but {inside}")
     return SetAside(path, "not-an-image", "neither DICOM nor NIfTI" if start.strip(b"\0") else _BLANK)
 
 
 def _unreadable(found: _Found, reason: str) -> Series:
     """A file that may be an image, or a folder that may hold some: it must count as a failure and not vanish."""
-    kind = "nifti" if found.path.name.lower().endswith(nifti.SUFFIXES) else "dicom"
+    lower = found.path.name.lower()
+    kind = "nifti" if lower.endswith(nifti.SUFFIXES) else "raster" if lower.endswith(raster.SUFFIXES) else "dicom"
     problem = UnreadableFile(found.path, f"{reason}; get it again, or move it elsewhere if it is no image")
     return Series(kind, (found.path,), _relative(found.path, found.base), problem=problem)
 
@@ -279,6 +303,16 @@ def _nifti_series(found: _Found) -> Series | SetAside:
     except MedvitError as problem:
         return Series("nifti", (path,), name, problem=problem)
     return Series("nifti", (path,), name, space=known.space, notes=known.notes)
+
+
+def _raster_series(found: _Found) -> Series:
+    path = found.path
+    name = _relative(path.with_name(raster.stem(path)), found.base)
+    try:
+        known = raster.read_raster_header(path)
+    except MedvitError as problem:
+        return Series("raster", (path,), name, problem=problem)
+    return Series("raster", (path,), name, space=known.space, notes=known.notes, channels=known.channels)
 
 
 def _dicom_name(group: list[Header], base: Path) -> str:
@@ -328,11 +362,18 @@ def _sanitised(text: str) -> str:
 _Named = TypeVar("_Named")
 
 
-def _uniquely_named(named: Iterable[tuple[str, _Named]]) -> list[tuple[str, _Named]]:
-    """Sort by name and number equal names, also those that differ in case only: some file systems do not see that."""
-    ordered = sorted(named, key=lambda pair: (pair[0].lower(), pair[0]))
+def _order(name: str) -> tuple[str, str]:
+    return name.lower(), name
+
+
+def _uniquely_named(named: Iterable[tuple[str, _Named]], used: Iterable[str] = ()) -> list[tuple[str, _Named]]:
+    """Sort by name and number names that are equal to others or to ``used`` ones.
+
+    So are names that differ in case only: some file systems do not see that.
+    """
+    ordered = sorted(named, key=lambda pair: _order(pair[0]))
     taken = {name.lower() for name, _ in ordered}
-    seen: set[str] = set()
+    seen = {name.lower() for name in used}
     result = []
     for name, one in ordered:
         unique, number = name, 1

@@ -15,7 +15,7 @@ class Source:
     """What a volume was read from; enough to write results that refer to it, and nothing that names a patient.
 
     Args:
-        kind: ``"dicom"``, ``"nifti"`` or another reader's name.
+        kind: ``"dicom"``, ``"nifti"``, ``"raster"`` (a photograph) or another reader's name.
         files: every file the volume was made of, in slice order for DICOM.
         modality: DICOM Modality (``"MR"``, ``"CT"``, ...); ``""`` where the format does not say.
         study_uid, series_uid: DICOM UIDs; ``""`` where there are none.
@@ -36,7 +36,8 @@ class Volume:
 
     Args:
         array: ``(i, j, k)`` in the source's own axis order (DICOM: column, row, slice), float32; CT in HU, others in
-            the source's rescaled units.
+            the source's rescaled units. ``(i, j, k, channel)`` where there are several channels, as in the colours of a
+            photograph, which has one slice: ``(column, row, 1, 3)``.
         space: the grid of ``array``.
         source: where it came from.
         notes: warnings a person should see (a repaired header, an ignored duplicate, ...), one sentence each.
@@ -48,5 +49,5 @@ class Volume:
     notes: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        if self.array.shape != self.space.shape:
+        if self.array.shape[:3] != self.space.shape or self.array.ndim > 4:
             raise ValueError(f"array of shape {self.array.shape} does not fill a space of shape {self.space.shape}")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from medvit.data.labels import LabelMap
+from medvit.data.space import Space
 from medvit.errors import MedvitError, OutputError, UnreadableFile
 from medvit.inference.predictor import Predictor, root_cause
 from medvit.writers.base import Writer, with_suffix
@@ -163,8 +164,8 @@ class FolderRunner:
                 "modality": label_map.source.modality,
                 "series_uid": label_map.source.series_uid,
                 "shape": list(label_map.space.shape),
-                "spacing_mm": [round(v, 6) for v in label_map.space.spacing],
-                "orientation": label_map.space.orientation,
+                "spacing_mm": _spacing(label_map.space),
+                "orientation": label_map.space.orientation or None,
                 "notes": list(label_map.notes),
                 "volumes": label_map.volumes(),
             }
@@ -214,6 +215,11 @@ class FolderRunner:
         except OutputError as error:  # a person looks for the file under its final name
             raise OutputError(str(error).replace(staging, str(stem.parent))) from error
         return [target.relative_to(self.output_dir).as_posix() for target in targets]
+
+
+def _spacing(space: Space) -> list[float] | None:
+    """In mm; None for a photograph, whose physical size is unknown."""
+    return [round(v, 6) for v in space.spacing] if space.unit == "mm" else None
 
 
 def _identity(case: Mapping[str, Any]) -> dict[str, str]:

@@ -70,7 +70,7 @@ class Predictor:
             series_uid=str(meta["series_uid"]),
             name=str(case["case"]),
         )
-        space = Space.from_affine(array.shape, affine, meta.get("frame_of_reference"))
+        space = Space.from_affine(array.shape, affine, meta.get("frame_of_reference"), str(meta["medvit_unit"]))
         notes = dict.fromkeys((*case.get("notes", ()), *str(meta["medvit_notes"]).splitlines()))
         return LabelMap(array, space, source, self.structures, tuple(notes))
 

@@ -1,4 +1,4 @@
-"""One picture per case: the label map over the image in three planes, for a person to judge at a glance."""
+"""One picture per case: the label map over the image, a volume in three planes, for a person to judge at a glance."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from medvit.data.labels import LabelMap, Structure
+from medvit.data.raster import upright
 from medvit.data.space import Space
 from medvit.errors import SpaceMismatch
 from medvit.writers.base import atomic, with_suffix
@@ -17,6 +18,7 @@ from medvit.writers.base import atomic, with_suffix
 _PIXELS = 480  # pixels along the longest edge of the patient box: the same scale in all three panels
 _INCHES = 4.2  # the same edge on paper
 _DPI = 150
+_PHOTOGRAPH = 1050  # pixels along the longest edge of a photograph, in each of its two panels: 7 inches
 _LEGEND_ENTRIES = 12
 _ENOUGH_VOXELS = 1_000_000  # to find where the structures are
 
@@ -59,14 +61,14 @@ class OverlayWriter:
 
 
 def overlay(image: np.ndarray, label_map: LabelMap, path: Path, *, overwrite: bool = False) -> Path:
-    """Draw axial, coronal and sagittal planes through the structures as a PNG, without patient data.
+    """Draw the structures as a PNG without patient data: three planes of a volume, or a photograph with and without.
 
     Planes are those of the patient, not of the array: an oblique or anisotropic grid is resampled (image linear, labels
-    nearest) so that one millimetre is the same everywhere. Radiological convention, with letters. Equal inputs give
-    equal bytes for one version of matplotlib.
+    nearest) so that one millimetre is the same everywhere. Radiological convention, with letters. A photograph is shown
+    upright, as its EXIF orientation wants it. Equal inputs give equal bytes for one version of matplotlib.
 
     Args:
-        image: ``(i, j, k)`` on the grid of ``label_map``.
+        image: ``(i, j, k)`` or, in colours of 0 to 255, ``(i, j, k, 3)`` on the grid of ``label_map``.
         label_map: what to draw; structures without voxels appear in the legend only.
         path: a ``.png`` file; its folders are created.
         overwrite: replace an existing file.
@@ -75,8 +77,18 @@ def overlay(image: np.ndarray, label_map: LabelMap, path: Path, *, overwrite: bo
         SpaceMismatch: the image is not of the label map's shape.
         OutputError: see :func:`medvit.writers.base.atomic`.
     """
-    if image.shape != label_map.space.shape:
+    if image.shape[:3] != label_map.space.shape:
         raise SpaceMismatch(f"the picture needs an image of shape {label_map.space.shape}, got {image.shape}")
+    figure = _photograph(image, label_map) if label_map.space.unit == "px" else _three_planes(image, label_map)
+    _legend(figure, label_map)
+    with atomic(path, overwrite=overwrite) as part:
+        # without this matplotlib writes its version and home page into the file
+        figure.savefig(part, format="png", facecolor="black", metadata={"Software": None})
+    return path
+
+
+def _three_planes(image: np.ndarray, label_map: LabelMap) -> Any:
+    """Axial, coronal and sagittal planes through the structures."""
     low, high = _bounds(label_map.space)
     center = _center(label_map, low, high)
     window = _window(image)
@@ -86,15 +98,46 @@ def overlay(image: np.ndarray, label_map: LabelMap, path: Path, *, overwrite: bo
         picture, labels = _sample(points, image, label_map, window)
         _draw(axes, picture, labels, label_map.structures)
         _annotate(axes, plane, float(center[plane.normal]))
-    _legend(figure, label_map)
-    with atomic(path, overwrite=overwrite) as part:
-        # without this matplotlib writes its version and home page into the file
-        figure.savefig(part, format="png", facecolor="black", metadata={"Software": None})
-    return path
+    return figure
+
+
+def _photograph(image: np.ndarray, label_map: LabelMap) -> Any:
+    """The photograph as it is and, beside it, under its structures: without contours, which would hide thin ones."""
+    low, high = (0.0, 255.0) if image.max() <= 255 else _window(image)
+    gray = np.clip((upright(image, label_map.space)[:, :, 0] - low) / (high - low), 0, 1)
+    plain = np.broadcast_to(gray[..., None] if gray.ndim == 2 else gray, (*gray.shape[:2], 3)).swapaxes(0, 1)
+    labels = upright(label_map.array, label_map.space)[:, :, 0].T
+    painted = plain.copy()
+    for structure in label_map.structures:
+        mask = labels == structure.label
+        painted[mask] = 0.3 * painted[mask] + 0.7 * np.array(_rgb(structure.color))
+    size = np.array(labels.shape[::-1]) * (_PHOTOGRAPH / max(labels.shape))
+    figure, panels = _panels([size / _DPI] * 2, entries=len(label_map.structures))
+    for axes, picture, title in zip(panels, (plain, painted), ("photograph", "structures"), strict=True):
+        axes.imshow(_reduced(picture, size), interpolation="nearest", aspect="auto")
+        axes.set_title(title, color="white", size=9)
+        axes.set_axis_off()
+    return figure
+
+
+def _reduced(picture: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """A picture ``(rows, columns, 3)``, 0..1, as 8 bits and of at most ``size`` (columns, rows) pixels, antialiased."""
+    from PIL import Image
+
+    whole = Image.fromarray(np.rint(255 * picture).astype(np.uint8))
+    if whole.width <= size[0]:
+        return np.asarray(whole)
+    columns, rows = (max(1, round(n)) for n in size)
+    return np.asarray(whole.resize((columns, rows), Image.Resampling.LANCZOS))
 
 
 def _layout(size: np.ndarray, entries: int) -> tuple[Any, list[Any]]:
-    """A black figure with one empty panel per plane, all at one scale, for a patient box of ``size`` (x, y, z) mm."""
+    """A figure with one empty panel per plane, all at one scale, for a patient box of ``size`` (x, y, z) mm."""
+    return _panels([np.array((size[p.right[0]], size[p.up[0]])) * _INCHES / size.max() for p in _PLANES], entries)
+
+
+def _panels(panels: list[np.ndarray], entries: int) -> tuple[Any, list[Any]]:
+    """A black figure with empty panels of these (width, height) in inches, side by side above a legend."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -103,7 +146,6 @@ def _layout(size: np.ndarray, entries: int) -> tuple[Any, list[Any]]:
         0.4,
         0.35 + 0.25 * math.ceil(min(entries, _LEGEND_ENTRIES + 1) / 3),
     )  # inches
-    panels = [np.array((size[p.right[0]], size[p.up[0]])) * _INCHES / size.max() for p in _PLANES]
     wide, tall = sum(w for w, _ in panels) + 4 * gap, max(h for _, h in panels)
     width, height = max(wide, 7.0), title + tall + legend
     figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="black")
@@ -209,12 +251,19 @@ def _legend(figure: Any, label_map: LabelMap) -> None:
 
     rows = sorted(zip(label_map.structures, label_map.volumes(), strict=True), key=lambda pair: -pair[1]["voxels"])
     kept = sorted(rows[:_LEGEND_ENTRIES], key=lambda pair: pair[0].label)
-    handles = [Patch(color=_rgb(s.color), label=f"{s.name}  {row['volume_mm3']:,.0f} mm³") for s, row in kept]
+    handles = [Patch(color=_rgb(s.color), label=f"{s.name}  {_size(row)}") for s, row in kept]
     if len(rows) > len(kept):
         handles.append(Patch(color="black", label=f"and {len(rows) - len(kept)} smaller"))
     legend = figure.legend(handles=handles, loc="lower center", ncols=3, frameon=False, fontsize=9)
     for text in legend.get_texts():
         text.set_color("white")
+
+
+def _size(row: dict[str, Any]) -> str:
+    """The size of a structure, from its row of :meth:`LabelMap.volumes`."""
+    if row["volume_mm3"] is None:
+        return f"{row['area_px']:,} px ({row['fraction']:.2%})"
+    return f"{row['volume_mm3']:,.0f} mm³"
 
 
 def _rgb(color: tuple[int, int, int]) -> tuple[float, float, float]:

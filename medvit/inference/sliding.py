@@ -106,6 +106,9 @@ class SlidingWindow(Inferer):  # type: ignore[misc]  # MONAI ships no types
         padding_mode: how an axis shorter than its window is filled: ``"constant"``, ``"reflect"``, ``"replicate"``,
             ``"circular"``. The padding is cut off again.
         padding_value: fill value of ``"constant"``.
+        spatial_dims: of the network, if it has fewer than ``roi_size``: as many entries of that must be 1, and windows
+            reach the network without these axes. A 2D network with ``roi_size=(256, 256, 1)`` goes over a volume slice
+            by slice, and over a photograph, which has one slice. None: as many as ``roi_size``.
         device: where outputs are summed; None: where the image is. ``"cpu"`` keeps large images out of GPU memory.
 
     Raises:
@@ -123,6 +126,7 @@ class SlidingWindow(Inferer):  # type: ignore[misc]  # MONAI ships no types
         padding_mode: str = "constant",
         padding_value: float = 0.0,
         device: torch.device | str | None = None,
+        spatial_dims: int | None = None,
     ):
         super().__init__()
         if not isinstance(roi_size, Sequence) or not roi_size:
@@ -139,6 +143,7 @@ class SlidingWindow(Inferer):  # type: ignore[misc]  # MONAI ships no types
         self.padding_mode = _one_of("padding_mode", padding_mode, PADDING_MODES)
         self.padding_value = padding_value
         self.device = None if device is None else torch.device(device)
+        self.network_roi = _without_flat_axes(self.roi_size, rank if spatial_dims is None else spatial_dims)
 
     def plan(self, image_size: Sequence[int]) -> WindowPlan:
         """The windows for an image of ``image_size`` (spatial axes only).
@@ -163,7 +168,8 @@ class SlidingWindow(Inferer):  # type: ignore[misc]  # MONAI ships no types
 
         Args:
             inputs: ``(B, C, *spatial)``.
-            network: takes ``(b, C, *roi_size)`` with ``b <= batch_size`` and returns ``(b, K, *roi_size)``.
+            network: takes ``(b, C, *roi_size)`` with ``b <= batch_size`` and returns ``(b, K, *roi_size)``, both
+                without the axes of size 1 that ``spatial_dims`` leaves out.
             *args: passed to every call of ``network``.
             **kwargs: passed to every call of ``network``.
 
@@ -182,7 +188,9 @@ class SlidingWindow(Inferer):  # type: ignore[misc]  # MONAI ships no types
         mean: _WeightedMean | None = None
         for batch in _batched(itertools.product(range(len(image)), plan), self.batch_size):
             windows = torch.stack([image[item][(slice(None), *window)] for item, window in batch])
-            output = _checked(network(windows, *args, **kwargs), len(batch), plan.roi_size)
+            windows = windows.reshape(*windows.shape[:2], *self.network_roi)
+            output = _checked(network(windows, *args, **kwargs), len(batch), self.network_roi)
+            output = output.reshape(*output.shape[:2], *plan.roi_size)
             if mean is None:  # only now is the number of classes known
                 mean = _WeightedMean(plan, len(image), output, self.device or image.device)
             mean.add(batch, output)
@@ -228,6 +236,19 @@ class _WeightedMean:
         before = [pair[0] for pair in self.plan.padding]
         inside = [slice(start, start + size) for start, size in zip(before, self.plan.image_size, strict=True)]
         return self.total.div_(self.count)[(slice(None), slice(None), *inside)]
+
+
+def _without_flat_axes(roi_size: tuple[int, ...], spatial_dims: int) -> tuple[int, ...]:
+    """The window as a network of ``spatial_dims`` dimensions sees it."""
+    if spatial_dims == len(roi_size):
+        return roi_size
+    thick = tuple(n for n in roi_size if n > 1)
+    if len(thick) != spatial_dims:
+        raise ValueError(
+            f"roi_size must have {spatial_dims} entries above 1 and else only 1 for a network of spatial_dims="
+            f"{spatial_dims}, got roi_size={roi_size}; a 2D network takes slices of a volume with (256, 256, 1)"
+        )
+    return thick
 
 
 def _checked(output: Any, batch: int, roi_size: tuple[int, ...]) -> Tensor:

@@ -1,6 +1,7 @@
-"""What MONAI's transforms lack: label maps restored to the source grid. Everything here sits in any MONAI ``Compose``.
+"""What MONAI's transforms lack: label maps restored to the source grid, radiographs as RAD-DINO takes them.
 
-Names are loaded on first use, so that importing this package does not import MONAI.
+Everything here sits in any MONAI ``Compose``. Names are loaded on first use, so that importing this package does not
+import MONAI.
 """
 
 from __future__ import annotations
@@ -9,12 +10,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from medvit.transforms.radiograph import ResizeShorterSided, rad_dino_preprocessing
     from medvit.transforms.resample import resample_labels
     from medvit.transforms.restore import ArgmaxLabelsd, RestoreLabelsd
 
-__all__ = ["ArgmaxLabelsd", "RestoreLabelsd", "resample_labels"]
+__all__ = ["ArgmaxLabelsd", "ResizeShorterSided", "RestoreLabelsd", "rad_dino_preprocessing", "resample_labels"]
 
-_HOMES = {"ArgmaxLabelsd": "restore", "RestoreLabelsd": "restore", "resample_labels": "resample"}
+_HOMES = {
+    "ArgmaxLabelsd": "restore",
+    "ResizeShorterSided": "radiograph",
+    "RestoreLabelsd": "restore",
+    "rad_dino_preprocessing": "radiograph",
+    "resample_labels": "resample",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -33,13 +33,15 @@ def resample_labels(labels: np.ndarray, source: Space, target: Space) -> np.ndar
         ``target.shape``, C-contiguous, same dtype as ``labels``.
 
     Raises:
-        SpaceMismatch: ``labels`` do not fill ``source``, or the two grids have different frames of reference.
+        SpaceMismatch: ``labels`` do not fill ``source``, or the two grids have different frames of reference or units.
         TypeError: labels that are not integers.
     """
     if labels.dtype.kind not in "iub":
         raise TypeError(f"labels must be integers, got {labels.dtype}; take the argmax before resampling")
     if labels.shape != source.shape:
         raise SpaceMismatch(f"labels of shape {labels.shape} do not fill their grid of shape {source.shape}")
+    if source.unit != target.unit:
+        raise SpaceMismatch(f"labels lie in {source.unit} and cannot be placed in {target.unit}")
     here, there = source.frame_of_reference, target.frame_of_reference
     if here and there and here != there:
         raise SpaceMismatch(f"labels lie in the frame of reference {here} and cannot be placed in another one, {there}")

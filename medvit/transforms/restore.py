@@ -129,7 +129,8 @@ def _grids(image: Any, key: str) -> tuple[Space, Space]:
         np.asarray(torch.as_tensor(affine).cpu(), dtype=np.float64)
         for affine in (image.affine, image.meta["original_affine"])
     )
-    return Space.from_affine(seen, here), Space.from_affine(source, there)
+    unit = str(image.meta.get("medvit_unit", "mm"))
+    return Space.from_affine(seen, here, unit=unit), Space.from_affine(source, there, unit=unit)
 
 
 def _labels(values: Tensor, key: str) -> np.ndarray:

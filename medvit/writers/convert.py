@@ -31,7 +31,7 @@ def convert(inventory: Inventory, output_dir: Path, *, overwrite: bool = False) 
         Records for JSON, series first, then files set aside, each in the inventory's order: ``status`` (``ok``,
         ``warning``: written, but read ``reason``; ``rejected``: nothing written; ``set-aside``: no image), ``code`` (a
         stable word, None when ok), ``reason``, ``series``, ``files``, ``output``, ``modality``, ``shape`` (voxels),
-        ``spacing`` (mm) and ``orientation`` (e.g. ``"LPS"``), None where unknown.
+        ``spacing`` (mm) and ``orientation`` (e.g. ``"LPS"``), None where unknown. Photographs are set aside.
     """
     for series in inventory.series:
         yield _convert_one(series, with_suffix(output_dir / series.name, ".nii.gz"), overwrite)
@@ -45,6 +45,9 @@ def _convert_one(series: Series, path: Path, overwrite: bool) -> dict[str, Any]:
         "files": [str(f) for f in series.files],
         "modality": series.modality,
     }
+    if series.kind == "raster":
+        code, reason = "photograph", "a photograph: it has no place in millimetres, which a NIfTI file states"
+        return _record("set-aside", code, reason, **known)
     space = series.space
     outcome: tuple[str, str | None, str | None]
     try:

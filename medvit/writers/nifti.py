@@ -24,7 +24,7 @@ _EXACT = 2**24  # float32 holds every integer up to here
 
 
 class NiftiLabelWriter:
-    """Label maps as integer NIfTI (uint8 or uint16 as the array is), gzip without a time stamp.
+    """Label maps as integer NIfTI (uint8 or uint16 as the array is), gzip without a time stamp; not of photographs.
 
     A NIfTI source passes on its sform, qform, their codes and its units bit for bit; a DICOM source gives an sform and,
     unless the grid is sheared, a qform of code "scanner".
@@ -33,8 +33,10 @@ class NiftiLabelWriter:
     def __init__(self, suffix: str = "_seg.nii.gz"):
         self.suffix = suffix
 
-    def write(self, label_map: LabelMap, stem: Path, *, overwrite: bool = False) -> Path:
-        """Write to ``stem`` + suffix and return that path; see :class:`medvit.writers.base.Writer`."""
+    def write(self, label_map: LabelMap, stem: Path, *, overwrite: bool = False) -> Path | None:
+        """Write to ``stem`` + suffix and return that path, or None for a photograph, which has no place in mm."""
+        if label_map.source.kind == "raster":
+            return None
         path = with_suffix(stem, self.suffix)
         _write(label_map.array, label_map.space, label_map.source, path, overwrite)
         return path

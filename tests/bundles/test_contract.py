@@ -19,6 +19,7 @@ import torch
 from bundle_synthetic import BUNDLES, blobs, edit_json, expected_labels, make_bundle, write_cohort, write_weights
 from data_synthetic import make_affine, write_dicom_series, write_nifti
 from monai.bundle import ConfigWorkflow
+from photographs_synthetic import colours, takes_photographs, write_album, write_picture
 
 from medvit.bundle import Bundle
 
@@ -58,6 +59,16 @@ def workflow(root, *stems, **overrides):
     made = ConfigWorkflow(files, workflow_type=kind, logging_file=False, bundle_root=str(root), **overrides)
     made.initialize()
     return made
+
+
+def cohort(root, folder):
+    """Labelled cases of the kind that a bundle takes, called case0, case1 and so on."""
+    return write_album(folder) if takes_photographs(root) else write_cohort(folder)
+
+
+def quick(root):
+    """Settings of a bundle for photographs that keep these small."""
+    return {"longest_side": 420} if takes_photographs(root) else {}
 
 
 def strings(config, path=()):
@@ -163,20 +174,27 @@ def test_it_verifies_and_its_weights_load_strictly(root):
 def test_training_and_inference_see_the_same_image(root, tmp_path):
     if not (root / "configs/train.json").exists():
         pytest.skip("this bundle is not trained here")
-    shape = (28, 48, 20)
-    image = (blobs(shape) + np.random.default_rng(0).integers(0, 50, shape)).astype(np.int16)
-    path = str(write_nifti(tmp_path / "a.nii.gz", image, make_affine("oblique", (1.3, 0.8, 2.0))))
-    seen = Bundle(root).parser().get_parsed_content("preprocessing")({"image": path})["image"]
+    if takes_photographs(root):
+        case = {
+            key: str(path) for key in ("image", "label", "fov") for path in write_album(tmp_path).glob(f"{key}/eye0.*")
+        }
+    else:
+        shape = (28, 48, 20)
+        image = (blobs(shape) + np.random.default_rng(0).integers(0, 50, shape)).astype(np.int16)
+        path = write_nifti(tmp_path / "a.nii.gz", image, make_affine("oblique", (1.3, 0.8, 2.0)))
+        case = {"image": str(path), "label": str(path)}
+    seen = Bundle(root).parser().get_parsed_content("preprocessing")({"image": case["image"]})["image"]
     trained = Bundle(root).parser("train", dataset_dir=tmp_path).get_parsed_content("validate::preprocessing")
-    learned = trained({"image": path, "label": path})["image"]
+    learned = trained(case)["image"]
     assert seen.shape == learned.shape and seen.dtype == learned.dtype == torch.float32
     assert torch.allclose(seen.affine, learned.affine, atol=1e-6)
     assert torch.allclose(seen.as_tensor(), learned.as_tensor(), atol=1e-6)
-    assert float(seen.mean()) == pytest.approx(0, abs=1e-4) and float(seen.std()) == pytest.approx(1, abs=1e-3)
+    if not takes_photographs(root):
+        assert float(seen.mean()) == pytest.approx(0, abs=1e-4) and float(seen.std()) == pytest.approx(1, abs=1e-3)
 
 
 def test_monai_finds_the_properties_it_requires(root, tmp_path):
-    write_cohort(tmp_path / "cohort")
+    cohort(root, tmp_path / "cohort")
     overrides = {"dataset_dir": str(tmp_path / "cohort"), "output_dir": str(tmp_path / "out")}
     infer = workflow(root, "inference", **overrides)
     assert infer.check_properties() == []
@@ -189,11 +207,15 @@ def test_monai_finds_the_properties_it_requires(root, tmp_path):
 
 
 def test_the_real_network_gives_the_same_bytes_twice(root, tmp_path):
-    write_nifti(tmp_path / "a.nii.gz", blobs((30, 40, 30)), make_affine("oblique", (1.2, 1, 1.1)))
+    if takes_photographs(root):
+        path, mask = write_picture(tmp_path / "a.jpg", colours(420, 400), 6), "a_seg.png"
+    else:
+        path, mask = tmp_path / "a.nii.gz", "a_seg.nii.gz"
+        write_nifti(path, blobs((30, 40, 30)), make_affine("oblique", (1.2, 1, 1.1)))
     for out in ("one", "two"):
-        Bundle(root).runner(dataset_dir=tmp_path / "a.nii.gz", output_dir=tmp_path / out).run()
+        Bundle(root).runner(dataset_dir=path, output_dir=tmp_path / out, **quick(root)).run()
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
-    assert "a_seg.nii.gz" in tree(tmp_path / "one")
+    assert mask in tree(tmp_path / "one")
 
 
 # ---- from file to file, through both doors; the network is one whose answer is known
@@ -224,6 +246,8 @@ def _name_patient(dataset, k):
 @pytest.fixture(scope="module")
 def runs(root, tmp_path_factory):
     """One study in four orientations as DICOM and NIfTI; its masks through MONAI's door and, twice, through ours."""
+    if takes_photographs(root):
+        pytest.skip("a bundle for photographs; how these come back is the matter of test_photographs.py")
     base = tmp_path_factory.mktemp(root.name)
     for orientation in ORIENTATIONS:
         affine = make_affine(orientation, (1, 1, 1))
@@ -316,6 +340,8 @@ def test_volumes_count_the_voxels_of_the_masks(runs):
 
 
 def test_a_coarse_oblique_grid_is_restored_too(root, tmp_path):
+    if takes_photographs(root):
+        pytest.skip("photographs have no coarse grids")
     bundle = make_bundle(tmp_path, origin=root.name)
     affine = make_affine("oblique", (0.8, 1.7, 2.4))
     write_nifti(tmp_path / "a.nii.gz", blobs(), affine)
@@ -335,7 +361,7 @@ def test_a_coarse_oblique_grid_is_restored_too(root, tmp_path):
 
 
 def trained(root, *stems, **overrides):
-    options = {"num_workers": 0, "batch_size": 2, "val_interval": 1, "checkpoint_saver::n_saved": 9}
+    options = {"num_workers": 0, "batch_size": 2, "val_interval": 1, "checkpoint_saver::n_saved": 9, **quick(root)}
     return workflow(root, *stems, **{**options, **overrides})
 
 
@@ -352,7 +378,7 @@ def test_training_is_reproducible_and_resumes(root, tmp_path, caplog):
     if not (root / "configs/train.json").exists():
         pytest.skip("this bundle is not trained here")
     caplog.set_level(logging.INFO)
-    write_cohort(tmp_path / "cohort")
+    cohort(root, tmp_path / "cohort")
     options = {"dataset_dir": str(tmp_path / "cohort"), "max_epochs": 2}
 
     whole = trained(root, "train", output_dir=str(tmp_path / "whole"), **options)
@@ -405,7 +431,7 @@ def test_training_is_reproducible_and_resumes(root, tmp_path, caplog):
 def test_other_trainings_start(root, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     others = [stems for stems in configs(root) if len(stems) == 2 and stems[1] not in ("evaluate", "multi_gpu_train")]
-    write_cohort(tmp_path / "cohort")
+    cohort(root, tmp_path / "cohort")
     for stems in others:
         out = tmp_path / stems[1]
         trained(root, *stems, dataset_dir=str(tmp_path / "cohort"), output_dir=str(out), max_epochs=1).run()
@@ -416,7 +442,7 @@ def test_other_trainings_start(root, tmp_path, caplog):
 def test_fine_tuning_starts_from_the_weights_of_the_bundle(root, tmp_path):
     if not (root / "configs/finetune.json").exists():
         pytest.skip("this bundle has no second stage")
-    write_cohort(tmp_path / "cohort")
+    cohort(root, tmp_path / "cohort")
     still = {"learning_rate": 0.0, "weight_decay": 0.0, "max_epochs": 1}
     options = {"dataset_dir": str(tmp_path / "cohort"), "output_dir": str(tmp_path / "out"), **still}
     trained(root, "train", "finetune", **options).run()
@@ -433,7 +459,7 @@ def test_fine_tuning_starts_from_the_weights_of_the_bundle(root, tmp_path):
 def test_training_on_two_processes(root, tmp_path):
     if not (root / "configs/multi_gpu_train.json").exists():
         pytest.skip("this bundle is not trained here")
-    write_cohort(tmp_path / "cohort")
+    cohort(root, tmp_path / "cohort")
     said = monai_run(
         root,
         *("train", "multi_gpu_train"),

@@ -1,4 +1,5 @@
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -6,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_synthetic import make_affine, phantom, write_dicom_series, write_nifti
+from photographs_synthetic import colours, write_picture
 
 from medvit.data.cases import list_cases
 from medvit.data.reader import read_volume
@@ -129,3 +131,70 @@ def test_results_below_the_input_folder_are_no_inputs(tmp_path: Path) -> None:
         "image",
         "results/image_seg",
     ]
+
+
+# ---- volumes and photographs
+
+
+def test_photographs_are_no_cases_where_volumes_are_wanted(folder, caplog):
+    before = list_cases(folder)
+    write_picture(folder / "p1/screenshot.png", colours())
+    (folder / "p1/broken.jpg").write_bytes(b"")
+    with caplog.at_level(logging.INFO, "medvit"):
+        assert list_cases(folder) == before
+    said = [(record.levelname, record.message) for record in caplog.records if "skipped" in record.message]
+    assert said == [
+        ("INFO", f"p1/{name}: skipped, it is a photograph and not a DICOM series or a NIfTI file")
+        for name in ("broken.jpg", "screenshot")
+    ]
+
+
+def test_volumes_are_no_cases_where_photographs_are_wanted(folder, caplog):
+    picture = write_picture(folder / "p1/eye.png", colours(), 3)
+    (folder / "p1/broken.jpg").write_bytes(b"")
+    with caplog.at_level(logging.INFO, "medvit"):
+        broken, eye = list_cases(folder, kinds=["raster"])
+    assert (eye["image"], eye["case"]) == (str(picture), "p1/eye")
+    assert "its EXIF orientation is 3" in eye["notes"][0]
+    assert broken["image"] == str(folder / "p1/broken.jpg")  # will fail, and must be seen to
+    said = [(record.levelname, record.message) for record in caplog.records if "skipped" in record.message]
+    assert said == [
+        ("WARNING", "p1/3_Head: skipped, it is a DICOM series and not a photograph"),
+        ("WARNING", "p1/3_T1: skipped, it is a DICOM series and not a photograph"),
+        ("WARNING", "p2/twin: skipped, it is a NIfTI file and not a photograph"),
+    ]
+    assert [case["case"] for case in list_cases(folder, kinds=["raster", "nifti"])] == [
+        "p1/broken.jpg", "p1/eye", "p2/twin",
+    ]  # fmt: skip
+
+
+def test_nothing_of_the_kind(folder, tmp_path):
+    with pytest.raises(
+        NothingFound, match=r"no photograph found; there is: DICOM series: 2, not taken here; NIfTI file: 1"
+    ):
+        list_cases(folder, kinds=["raster"])
+    write_picture(tmp_path / "album/eye.png", colours())
+    with pytest.raises(
+        NothingFound, match=r"no DICOM series and no NIfTI file found; .*: photograph: 1, not taken here"
+    ):
+        list_cases(tmp_path / "album")
+
+
+def test_a_closed_folder_may_hold_photographs(folder, monkeypatch):
+    write_picture(folder / "eye.png", colours())
+    (folder / "closed").mkdir()
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    assert [case["case"] for case in list_cases(folder, kinds=["raster"])] == ["closed", "eye"]
+
+
+@pytest.mark.parametrize("kinds", [[], ["png"], ["raster", "PHOTO"]])
+def test_unknown_kinds(folder, kinds):
+    with pytest.raises(ValueError, match=r"kinds must be some of dicom, nifti, raster, got \["):
+        list_cases(folder, kinds=kinds)

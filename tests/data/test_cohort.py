@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from bundle_synthetic import write_cohort
 from data_synthetic import make_affine, phantom, write_dicom_series, write_nifti
+from photographs_synthetic import colours, write_picture
 
 from medvit.data.cohort import labelled_cases
+from medvit.data.reader import read_volume
 from medvit.errors import MedvitError, NothingFound, SpaceMismatch, UnreadableFile, UnreadableSeries
 
 
@@ -107,3 +109,68 @@ def test_files_that_cannot_be_used_are_named_before_training_starts(tmp_path):
     for split, error, message in cases:
         with pytest.raises(error, match=message):
             labelled_cases(tmp_path, split)
+
+
+# ---- photographs
+
+
+def _album(folder: Path, fov: bool = True) -> Path:
+    for n in range(2):
+        write_picture(folder / f"image/{n}.jpg", colours(seed=n))
+        for column in ("label", "fov"):
+            write_picture(folder / f"{column}/{n}.png", colours(seed=n)[..., 0] // 128 * 255)
+    rows = [f"eye{n},image/{n}.jpg,label/{n}.png,{'train' if n else 'val'}" + fov * f",fov/{n}.png" for n in range(2)]
+    return _table(folder, "case_id,image,label,split" + fov * ",fov", *rows)
+
+
+def test_photographs_with_further_masks(tmp_path: Path) -> None:
+    assert labelled_cases(_album(tmp_path), "train", others=["fov"]) == [
+        {
+            "image": str(tmp_path / "image/1.jpg"),
+            "label": str(tmp_path / "label/1.png"),
+            "fov": str(tmp_path / "fov/1.png"),
+            "case": "eye1",
+        }
+    ]
+    assert set(labelled_cases(tmp_path, "val")[0]) == {"image", "label", "case"}
+
+
+def test_further_masks_are_checked_too(tmp_path: Path) -> None:
+    with pytest.raises(NothingFound, match="lacks the columns fov; it must have case_id, image, label, split, fov"):
+        labelled_cases(_album(tmp_path, fov=False), "train", ["fov"])
+    _album(tmp_path)
+    write_picture(tmp_path / "fov/1.png", np.zeros((45, 71), np.uint8))
+    with pytest.raises(SpaceMismatch, match=r"image and fov of eye1 must share .* \(70, 45, 1\) and \(71, 45, 1\)"):
+        labelled_cases(tmp_path, "train", ["fov"])
+    (tmp_path / "fov/1.png").unlink()
+    with pytest.raises(NothingFound, match=r"fov/1\.png: no such file, but .* names it as fov of eye1"):
+        labelled_cases(tmp_path, "train", ["fov"])
+
+
+def test_a_label_in_colours_is_refused(tmp_path: Path) -> None:
+    write_picture(_album(tmp_path) / "label/1.png", colours()[..., 0], mode="P")
+    with pytest.raises(UnreadableSeries, match=r"label/1\.png: a label needs one value per pixel, .* has 3: colours"):
+        labelled_cases(tmp_path, "train")
+
+
+def test_an_image_that_is_turned_and_its_label_are_no_pair(tmp_path: Path) -> None:
+    write_picture(_album(tmp_path) / "image/1.jpg", colours(), 3)
+    with pytest.raises(SpaceMismatch, match=r"image and label of eye1 .* px apart; correct the table"):
+        labelled_cases(tmp_path, "train")
+
+
+def test_a_photograph_and_a_volume_are_no_pair(tmp_path: Path) -> None:
+    write_nifti(_album(tmp_path) / "label/1.nii", np.zeros((70, 45, 1), np.uint8), np.eye(4))
+    _table(tmp_path, "case_id,image,label,split", "eye1,image/1.jpg,label/1.nii,train")
+    with pytest.raises(SpaceMismatch, match="one lies in px and the other in mm"):
+        labelled_cases(tmp_path, "train")
+
+
+def test_the_retina_data_set_is_served() -> None:
+    folder = Path(__file__).parents[3] / "shared/data/retina_vessels"
+    if not (folder / "cases.csv").is_file():
+        pytest.skip("the data set is not beside this checkout")
+    cases = {split: labelled_cases(folder, split, others=["fov"]) for split in ("train", "val")}
+    assert {split: len(found) for split, found in cases.items()} == {"train": 20, "val": 4}
+    assert read_volume(cases["val"][0]["image"]).array.shape == (1168, 779, 1, 3)
+    assert read_volume(cases["val"][0]["fov"]).array.shape == (1168, 779, 1)

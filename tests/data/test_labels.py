@@ -116,3 +116,14 @@ def test_label_maps_refuse_what_does_not_fit():
         _label_map(np.full((2, 2, 2), 3, np.uint8), (_structure(1),))
     with pytest.raises(ValueError, match=r"shape \(2, 2, 2\) do not fill a space of shape \(2, 2, 3\)"):
         LabelMap(np.zeros((2, 2, 2), np.uint8), Space.from_affine((2, 2, 3), np.eye(4)), Source("nifti", ()), ())
+
+
+def test_a_photograph_has_areas_and_no_volumes():
+    array = np.zeros((20, 15, 1), np.uint8)
+    array[:7, 0] = 2
+    space = Space.from_affine(array.shape, np.eye(4), unit="px")
+    label_map = LabelMap(array, space, Source("raster", ()), (_structure(2, "vessel"), _structure(3, "none")))
+    assert label_map.volumes() == [
+        {"label": 2, "structure": "vessel", "voxels": 7, "volume_mm3": None, "area_px": 7, "fraction": 0.023333},
+        {"label": 3, "structure": "none", "voxels": 0, "volume_mm3": None, "area_px": 0, "fraction": 0.0},
+    ]

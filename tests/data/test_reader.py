@@ -3,9 +3,11 @@ import logging
 import numpy as np
 import pytest
 from data_synthetic import make_affine, phantom, write_dicom_series, write_nifti
+from photographs_synthetic import as_volume, colours, write_picture
+from PIL import Image, ImageOps
 
 from medvit.data.reader import VolumeReader, read_volume
-from medvit.errors import MedvitError, NothingFound, UnreadableSeries
+from medvit.errors import MedvitError, NothingFound, UnreadableFile, UnreadableSeries
 
 # MONAI warns about optional packages of its own when LoadImage is built
 pytestmark = pytest.mark.filterwarnings("ignore:NvImgCodecPydicomReader:UserWarning")
@@ -135,3 +137,52 @@ def test_notes_are_logged(tmp_path, caplog):
         _, meta = VolumeReader().get_data([path])
     assert meta["medvit_notes"] == "1 of 210 voxels were NaN or infinite and count as 0"
     assert meta["medvit_notes"] in caplog.text and str(path) in caplog.text
+
+
+# ---- photographs
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_photograph_through_load_imaged(tmp_path, orientation):
+    path = write_picture(tmp_path / "a.png", colours(), orientation)
+    tensor = load(str(path))
+    assert tensor.shape == (3, 70, 45, 1)
+    np.testing.assert_array_equal(tensor, np.moveaxis(as_volume(colours()), -1, 0))
+    assert (tensor.meta["medvit_kind"], tensor.meta["medvit_unit"]) == ("raster", "px")
+    assert tensor.meta["spatial_shape"].tolist() == [70, 45, 1]
+    np.testing.assert_array_equal(tensor.affine, read_volume(path).space.affine)
+    grey = write_picture(tmp_path / "b.png", colours()[..., 0])
+    np.testing.assert_array_equal(load(str(grey)), as_volume(colours()[..., 0])[None])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_monai_turns_a_photograph_upright(tmp_path, orientation):
+    from monai.transforms import Orientation
+
+    path = write_picture(tmp_path / "a.png", colours(24, 16), orientation)
+    shown = np.asarray(ImageOps.exif_transpose(Image.open(path)))
+    tensor = Orientation("RAS", labels=None)(load(str(path)))
+    np.testing.assert_array_equal(tensor, np.moveaxis(as_volume(shown), -1, 0))
+    np.testing.assert_array_equal(tensor.affine, np.eye(4))
+
+
+def test_photographs_in_a_folder_do_not_count(folder):
+    (folder / "twin.nii.gz").unlink()
+    picture = write_picture(folder / "screenshot.png", colours())
+    np.testing.assert_array_equal(read_volume(folder).array, phantom())
+    assert read_volume(folder / "screenshot.png").array.shape == (70, 45, 1, 3)
+    with pytest.raises(
+        UnreadableSeries, match="one NIfTI file or photograph makes an image, but 2 files came together"
+    ):
+        read_volume([picture, *(folder / "mr").iterdir()][:2])
+
+
+def test_a_file_named_like_a_photograph_is_read_as_one(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"")
+    with pytest.raises(UnreadableFile, match="no readable PNG, JPEG, TIFF, BMP file"):
+        read_volume(tmp_path / "a.jpg")
+
+
+def test_dicom_named_like_a_photograph(folder):
+    renamed = [file.rename(file.with_suffix(".jpg")) for file in sorted((folder / "mr").iterdir())]
+    np.testing.assert_array_equal(read_volume(renamed).array, phantom())

@@ -106,3 +106,22 @@ def test_require_same():
     a.require_same(Space.from_affine((3, 3, 3), moved), tolerance=0.6)
     with pytest.raises(SpaceMismatch, match=r"different frames of reference: 1.2 and 1.3"):
         a.require_same(Space.from_affine((3, 3, 3), np.eye(4), "1.3"))
+
+
+def test_a_photograph_lies_in_pixels():
+    space = Space.from_affine((4, 3, 1), np.eye(4), unit="px")
+    assert (space.unit, space.orientation, space.voxel_volume) == ("px", "", 1.0)
+    assert space != Space.from_affine((4, 3, 1), np.eye(4)) and len({space, space}) == 1
+    assert Space.from_affine((4, 3, 1), np.eye(4)).unit == "mm"
+    with pytest.raises(ValueError, match="unit of a Space must be one of mm, px, got 'cm'"):
+        Space.from_affine((4, 3, 1), np.eye(4), unit="cm")
+
+
+def test_pixels_and_millimetres_are_no_one_grid():
+    photograph, volume = (Space.from_affine((4, 3, 1), np.eye(4), unit=unit) for unit in ("px", "mm"))
+    with pytest.raises(SpaceMismatch, match="mask must share one grid, but one lies in px and the other in mm"):
+        photograph.require_same(volume, what="image and mask")
+    moved = np.eye(4)
+    moved[0, 3] = 2
+    with pytest.raises(SpaceMismatch, match=r"within 0\.001 px, but corners are 2 px apart"):
+        photograph.require_same(Space.from_affine((4, 3, 1), moved, unit="px"))

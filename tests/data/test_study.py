@@ -7,6 +7,8 @@ import numpy as np
 import pydicom
 import pytest
 from data_synthetic import make_affine, phantom, write_dicom_series, write_nifti
+from photographs_synthetic import colours, write_picture
+from PIL import ImageFile
 from pydicom.data import get_testdata_file
 
 from medvit.data.reader import read_volume
@@ -353,3 +355,85 @@ def test_pydicoms_own_zoo():
     assert len(usable) >= 10
     for one in usable:
         assert one.read().array.shape == one.space.shape
+
+
+# ---- photographs
+
+
+@pytest.fixture
+def album(tmp_path):
+    write_picture(tmp_path / "left/eye.jpg", colours(70, 45), 6)
+    write_picture(tmp_path / "left/eye.png", colours(70, 45)[..., 0])
+    write_picture(tmp_path / "scan.0001", colours(24, 16), format="BMP")  # told by content
+    write_nifti(tmp_path / "brain.nii", phantom(), make_affine())
+    return tmp_path
+
+
+def test_photographs_are_listed_with_size_and_channels(album, monkeypatch):
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("pixels were decoded"))
+    inventory = discover(album)
+    assert [(one.name, one.kind, one.channels, one.space.shape) for one in inventory.series] == [
+        ("brain", "nifti", 1, (7, 6, 5)),
+        ("left/eye", "raster", 3, (70, 45, 1)),
+        ("left/eye_2", "raster", 1, (70, 45, 1)),
+        ("scan.0001", "raster", 3, (24, 16, 1)),
+    ]
+    assert [one.space.unit for one in inventory.series] == ["mm", "px", "px", "px"]
+    assert inventory.series[1].notes[0].startswith("its EXIF orientation is 6")
+    assert inventory.set_aside == ()
+
+
+def test_headers_of_photographs_tell_the_space_that_reading_gives(album):
+    for one in discover(album / "left").series:
+        volume = one.read()
+        assert (volume.space, volume.source.name, volume.source.files) == (one.space, one.name, one.files)
+        assert volume.notes == one.notes and volume.array.ndim == (4 if one.channels == 3 else 3)
+
+
+def test_what_is_named_like_a_photograph_and_is_none_is_a_failure(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"")
+    (tmp_path / "b.PNG").write_text("hello")
+    write_picture(tmp_path / "c.tif", colours(), tiffinfo={254: 1})
+    (tmp_path / "d.bmp").symlink_to(tmp_path / "nowhere")
+    again = "; get it again, or move it elsewhere if it is no image"
+    found = [(one.kind, one.problem.code, str(one.problem).split(": ", 1)[1]) for one in discover(tmp_path).series]
+    assert found == [
+        ("raster", "unreadable", f"named like a photograph, but empty{again}"),
+        ("raster", "unreadable", f"named like a photograph, but no PNG, JPEG, TIFF or BMP inside{again}"),
+        ("raster", "multi-frame", found[2][2]),
+        ("raster", "unreadable", f"cannot be opened: No such file or directory{again}"),
+    ]
+
+
+def test_a_picture_named_like_dicom_is_a_lost_slice(tmp_path):
+    files = write_dicom_series(tmp_path, phantom(), make_affine())
+    write_picture(tmp_path / "x.png", colours()).replace(files[0])
+    broken, series = sorted(discover(tmp_path).series, key=lambda one: len(one.files))
+    assert "named like DICOM, but not DICOM inside" in str(broken.problem)
+    assert series.problem.code == "incomplete"
+    with pytest.raises(UnreadableFile, match="not a DICOM file"):
+        read_volume(broken.files)
+
+
+def test_a_dicom_file_that_is_a_tiff_as_well_is_dicom(tmp_path):
+    for file in write_dicom_series(tmp_path, phantom(), make_affine()):
+        file.write_bytes(b"II*\0".ljust(128, b"\0") + file.read_bytes()[128:])
+    (one,) = discover(tmp_path).series
+    assert (one.kind, one.problem) == ("dicom", None)
+    np.testing.assert_array_equal(one.read().array, phantom())
+
+
+def test_a_picture_beside_a_volume_does_not_change_its_name(tmp_path):
+    for name in ("scan.nii", "scan.nii.gz"):
+        write_nifti(tmp_path / name, phantom(), make_affine())
+    before = [one.name for one in discover(tmp_path).series]
+    for name in ("Scan.jpg", "scan.bmp", "scan_2.png"):
+        write_picture(tmp_path / name, colours())
+    after = discover(tmp_path).series
+    assert [one.name for one in after if one.kind == "nifti"] == before == ["scan", "scan_2"]
+    assert [(one.name, one.files[0].name) for one in after if one.kind == "raster"] == [
+        ("scan_2_2", "scan_2.png"),
+        ("Scan_3", "Scan.jpg"),
+        ("scan_4", "scan.bmp"),
+    ]
+    assert [one.name.lower() for one in after] == sorted(one.name.lower() for one in after)

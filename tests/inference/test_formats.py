@@ -18,7 +18,7 @@ def test_the_seg_writer_knows_who_made_the_segmentation():
 
 @pytest.mark.parametrize("formats", [["nifti", "tiff"], [], ["tiff"]])
 def test_unknown_formats_and_none_are_refused(formats):
-    with pytest.raises(ValueError, match=re.escape(f"some of nifti, dicom-seg, overlay, got {formats}")):
+    with pytest.raises(ValueError, match=re.escape(f"some of nifti, dicom-seg, png, overlay, got {formats}")):
         make_writers(formats, "net", "1")
 
 

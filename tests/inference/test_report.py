@@ -1,14 +1,16 @@
 import numpy as np
 import pytest
 from data_synthetic import ORIENTATIONS, make_affine
-from PIL import Image
+from photographs_synthetic import colours, write_picture
+from PIL import Image, ImageOps
 
 from medvit.data.labels import Code, LabelMap, Structure
+from medvit.data.reader import read_volume
 from medvit.data.space import Space
 from medvit.data.volume import Source
 from medvit.errors import OutputError, SpaceMismatch
 from medvit.inference import report
-from medvit.inference.report import overlay
+from medvit.inference.report import OverlayWriter, overlay
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 
@@ -153,3 +155,46 @@ def test_the_image_must_fit_the_labels(tmp_path):
     label_map = _label_map(np.zeros((4, 5, 6), np.uint8), np.eye(4))
     with pytest.raises(SpaceMismatch, match=r"needs an image of shape \(4, 5, 6\), got \(6, 5, 4\)"):
         overlay(np.zeros((6, 5, 4)), label_map, tmp_path / "a.png")
+
+
+# ---- photographs
+
+
+def _photograph(orientation, tmp_path, size=(600, 400)):
+    path = write_picture(tmp_path / f"{orientation}.png", colours(*size), orientation)
+    volume = read_volume(path)
+    array = (volume.array[..., 0] > 128).astype(np.uint8)
+    code = Code("1", "99T", "thing")
+    vessel = (Structure(1, "vessel", code, code, GREEN),)
+    return volume.array, LabelMap(array, volume.space, Source("raster", (path,)), vessel)
+
+
+@pytest.mark.parametrize("orientation", [1, 2, 6, 8])
+def test_a_photograph_is_shown_upright_beside_its_structures(tmp_path, orientation):
+    image, label_map = _photograph(orientation, tmp_path)
+    figure = report._photograph(image, label_map)
+    plain, painted = (axes.get_images()[0].get_array() for axes in figure.axes)
+    shown = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / f"{orientation}.png")))
+    np.testing.assert_array_equal(plain, shown)
+    mask = shown[..., 0] > 128
+    np.testing.assert_array_equal(painted[~mask], shown[~mask])
+    np.testing.assert_allclose(painted[mask], 0.3 * shown[mask] + 0.7 * np.array(GREEN), atol=0.51)
+    box = [axes.get_position().size * figure.get_size_inches() for axes in figure.axes]
+    np.testing.assert_allclose(box, [np.array(shown.shape[1::-1]) * 7 / 600] * 2)
+
+
+def test_the_picture_of_a_photograph_has_equal_bytes_and_names_areas(tmp_path):
+    image, label_map = _photograph(1, tmp_path)
+    first, second = (overlay(image, label_map, tmp_path / f"{n}/a.png") for n in "12")
+    assert first.read_bytes() == second.read_bytes()
+    row = label_map.volumes()[0]
+    assert report._size(row) == f"{row['area_px']:,} px ({row['fraction']:.2%})"
+    assert OverlayWriter().write(label_map, tmp_path / "b").read_bytes() == first.read_bytes()
+
+
+def test_large_photographs_are_reduced_and_grey_ones_windowed(tmp_path):
+    image, label_map = _photograph(1, tmp_path, (2400, 160))
+    panels = report._photograph(image[..., 0] * 257, label_map).axes  # 16 bits
+    plain = np.asarray(panels[0].get_images()[0].get_array())
+    assert plain.shape == (70, 1050, 3)
+    assert (plain[..., 0] == plain[..., 2]).all() and plain.min() < 20 and plain.max() > 235

@@ -309,3 +309,60 @@ def test_padding_that_the_image_cannot_give(mode, limit):
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         SlidingWindow((16, 16), padding_mode=mode)(torch.zeros(1, 1, 5, 20), lambda x: x)
+
+
+# --- a network of fewer dimensions than the image
+
+
+@pytest.mark.parametrize(("roi", "flat"), [((8, 6, 1), 2), ((1, 8, 6), 0), ((8, 1, 6), 1)])
+@pytest.mark.parametrize("blend", ["constant", "gaussian"])
+def test_a_2d_network_over_a_volume_is_the_2d_window_on_every_slice(roi, flat, blend):
+    volume = random_image(2, 1, 11, 9, 13)
+    options = {"overlap": 0.5, "batch_size": 3, "blend": blend}
+    shapes = set()
+
+    def network(x):
+        shapes.add(tuple(x.shape[1:]))
+        return position_dependent(x)
+
+    result = SlidingWindow(roi, spatial_dims=2, **options)(volume, network)
+    plane = SlidingWindow([n for n in roi if n > 1], **options)
+    expected = torch.stack([plane(s, position_dependent) for s in volume.unbind(2 + flat)], dim=2 + flat)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
+    assert shapes == {(1, *(n for n in roi if n > 1))}
+
+
+@pytest.mark.parametrize("placement", ["fixed", "even"])
+def test_every_slice_is_seen_once_whatever_the_overlap(placement):
+    plan = SlidingWindow((4, 1), overlap=0.75, placement=placement, spatial_dims=1).plan((4, 7))
+    assert plan.starts == ((0,), tuple(range(7)))
+
+
+def test_a_photograph_has_one_slice():
+    image = random_image(1, 3, 70, 45, 1)
+    window = SlidingWindow((32, 32, 1), overlap=0.5, batch_size=4, blend="gaussian", spatial_dims=2)
+    result = window(MetaTensor(image, meta={"case": "eye"}), lambda x: functional.conv2d(x, torch.ones(2, 3, 1, 1)))
+    torch.testing.assert_close(result.as_tensor()[:, :1], image.sum(1, keepdim=True), rtol=0, atol=1e-5)
+    assert result.shape == (1, 2, 70, 45, 1) and result.meta["case"] == "eye"
+
+
+def test_a_flat_window_alone_does_not_make_a_network_2d():
+    seen = []
+    SlidingWindow((4, 4, 1))(random_image(1, 1, 4, 4, 2), lambda x: seen.append(x.shape) or x)
+    assert seen == [(1, 1, 4, 4, 1)] * 2
+    assert SlidingWindow((4, 4, 1), spatial_dims=3).network_roi == (4, 4, 1)
+
+
+@pytest.mark.parametrize(("roi", "dims"), [((8, 8, 8), 2), ((8, 1, 1), 2), ((8, 8, 1), 1), ((8, 8), 3)])
+def test_the_window_must_be_flat_where_the_network_is(roi, dims):
+    message = re.escape(
+        f"roi_size must have {dims} entries above 1 and else only 1 for a network of spatial_dims={dims}"
+    )
+    with pytest.raises(ValueError, match=message):
+        SlidingWindow(roi, spatial_dims=dims)
+
+
+def test_a_2d_network_must_return_the_size_of_its_window():
+    window = SlidingWindow((8, 6, 1), spatial_dims=2)
+    with pytest.raises(ValueError, match=re.escape("expected (1, K, 8, 6), got (1, 1, 4, 3)")):
+        window(random_image(1, 1, 8, 6, 2), lambda x: x[..., ::2, ::2])

@@ -6,7 +6,7 @@ import torch
 from monai.data import MetaTensor
 
 from medvit.errors import UnsuitableImage
-from medvit.transforms.extent import RequireExtentd
+from medvit.transforms.extent import RequireChannelsd, RequireExtentd
 
 
 def image(shape: tuple[int, ...], spacing: tuple[float, ...], turn: float = 0.0) -> MetaTensor:
@@ -42,3 +42,29 @@ def test_too_much_and_too_little_are_refused_with_what_was_found(shape, spacing,
         f"but the image covers {found} mm; crop it first"
     )
     assert error.value.code == "unsuitable"
+
+
+def test_limits_of_a_photograph_are_pixels() -> None:
+    photograph = image((700, 450, 1), (1, 1, 1))
+    photograph.meta["medvit_unit"] = "px"
+    check = RequireExtentd("image", [256, 256, 1], [4000, 4000, 1], "resize it")
+    assert check({"image": photograph})["image"] is photograph
+    photograph = photograph[:, :100]
+    with pytest.raises(UnsuitableImage, match=r"256-4000 × 256-4000 × 1-1 px .* covers 100 × 450 × 1 px; resize it"):
+        check({"image": photograph})
+
+
+def test_channels_must_be_those_of_the_network() -> None:
+    check = RequireChannelsd("image", 3, "give it in colour")
+    item = {"image": torch.zeros(3, 8, 8, 1), "case": "a"}
+    assert check(item)["image"] is item["image"]
+    for channels in (1, 4):
+        with pytest.raises(UnsuitableImage) as error:
+            check({"image": torch.zeros(channels, 8, 8, 1)})
+        assert str(error.value) == (
+            f"this network takes images of 3 channels, but this one has {channels}; give it in colour"
+        )
+        assert error.value.code == "unsuitable"
+    with pytest.raises(KeyError):
+        check({})
+    assert RequireChannelsd("image", 3, "", allow_missing_keys=True)({}) == {}

@@ -211,3 +211,11 @@ def test_guards():
         resample_labels(np.zeros((2, 2, 2), np.uint8), space, other)
     unknown = Space.from_affine((2, 2, 2), np.eye(4))
     assert resample_labels(np.ones((2, 2, 2), np.uint8), space, unknown).all()
+
+
+def test_pixels_and_millimetres_do_not_meet():
+    photograph, volume = (Space.from_affine((4, 3, 1), np.eye(4), unit=unit) for unit in ("px", "mm"))
+    labels = random_labels((4, 3, 1))
+    np.testing.assert_array_equal(resample_labels(labels, photograph, photograph), labels)
+    with pytest.raises(SpaceMismatch, match="labels lie in px and cannot be placed in mm"):
+        resample_labels(labels, photograph, volume)

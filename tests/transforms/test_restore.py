@@ -267,3 +267,16 @@ def test_argmax_guards():
     scores[1, 2, 3, 0] = torch.nan
     with pytest.raises(MedvitError, match="'pred' must hold finite scores, but some are NaN, which have no best class"):
         ArgmaxLabelsd()({"pred": scores})
+
+
+@pytest.mark.parametrize("turn", [((1, 0), (0, 1)), ((0, -1), (1, 0)), ((0, 1), (1, 0)), ((-1, 0), (0, -1))])
+def test_labels_of_a_photograph_return_to_its_stored_pixels(turn):
+    affine = np.eye(4)
+    affine[:2, :2] = turn
+    labels = np.random.default_rng(0).integers(0, 3, (30, 20, 1)).astype(np.uint8)
+    image = image_on(affine, labels.shape, labels)
+    image.meta["medvit_unit"] = "px"
+    seen = Orientationd("image", axcodes="RAS", labels=None)({"image": image})
+    item = RestoreLabelsd()({**seen, "pred": seen["image"].clone()})
+    np.testing.assert_array_equal(item["pred"][0], labels)
+    np.testing.assert_array_equal(item["pred"].affine, affine)

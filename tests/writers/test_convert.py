@@ -7,6 +7,7 @@ import nibabel
 import numpy as np
 import pytest
 from data_synthetic import make_affine, phantom, write_dicom_series, write_nifti
+from photographs_synthetic import colours, write_picture
 
 from medvit.data.space import Space
 from medvit.data.study import Inventory, SetAside, discover
@@ -25,6 +26,7 @@ class Stub:
     name: str
     outcome: Volume | BaseException
     space: Space | None = None
+    kind: str = "dicom"
     modality: str = "MR"
     files: tuple[Path, ...] = (Path("in/a.dcm"),)
 
@@ -118,3 +120,19 @@ def test_a_folder_of_both_formats_comes_out_as_it_went_in(tmp_path):
         np.testing.assert_allclose(image.affine, affine, atol=1e-5)
         assert image.get_data_dtype() == np.int16
         assert b"SECRET" not in Path(record["output"]).read_bytes()
+
+
+def test_photographs_are_left_out_with_a_reason(tmp_path):
+    write_nifti(tmp_path / "in/scan.nii", phantom(), AFFINE)
+    write_picture(tmp_path / "in/eye.png", colours())
+    (tmp_path / "in/lost.jpg").write_bytes(b"")
+    records = list(convert(discover(tmp_path / "in"), tmp_path / "out"))
+    reason = "a photograph: it has no place in millimetres, which a NIfTI file states"
+    assert [(r["series"], r["status"], r["code"], r["reason"]) for r in records] == [
+        ("eye", "set-aside", "photograph", reason),
+        ("lost.jpg", "set-aside", "photograph", reason),
+        ("scan", "ok", None, None),
+    ]
+    assert [list(record) for record in records] == [KEYS] * 3
+    assert records[0]["files"] == [str(tmp_path / "in/eye.png")] and records[0]["output"] is None
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["scan.nii.gz"]
