@@ -437,7 +437,8 @@ def test_what_cannot_be_built_is_refused(options, message):
         ((1, 4, 28, 28), "this network needs (B, 3, 2 spatial axes), got shape (1, 4, 28, 28)"),
         (
             (1, 1, 28, 28),
-            "this network needs (B, 3, 2 spatial axes), got shape (1, 1, 28, 28); repeat the channel of a grey image",
+            "this network needs (B, 3, 2 spatial axes), got shape (1, 1, 28, 28); "
+            "repeat the channel of a grey image 3 times",
         ),
         ((1, 3, 28, 6), "every side must hold at least one patch of (7, 7), got (28, 6)"),
     ],
