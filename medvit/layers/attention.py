@@ -10,6 +10,17 @@ from torch import Tensor, nn
 from medvit.kernels import WindowGeometry, windowed_attention
 
 
+def check_heads(dim: int, num_heads: int) -> None:
+    """Refuse heads that do not divide the width.
+
+    Raises:
+        ValueError: names the largest number below that does.
+    """
+    if num_heads < 1 or dim % num_heads:
+        fits = max((heads for heads in range(1, num_heads) if dim % heads == 0), default=1)
+        raise ValueError(f"num_heads must divide the width {dim}, got {num_heads}; use {fits}")
+
+
 class RelativePositionBias(nn.Module):
     """Learned logit offset for each relative position in a window and each head.
 
@@ -75,8 +86,7 @@ class WindowAttention(nn.Module):
         proj_drop: float = 0.0,
     ):
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads must divide dim, got num_heads={num_heads} for dim={dim}")
+        check_heads(dim, num_heads)
         self.num_heads, self.geometry, self.attn_drop = num_heads, geometry, attn_drop
         self.relative_bias = RelativePositionBias(geometry.size, num_heads, clamp)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
@@ -90,5 +100,5 @@ class WindowAttention(nn.Module):
         q, k, v = self.qkv(geometry.pad(x)).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         dropout = self.attn_drop if self.training else 0.0
         out = windowed_attention(q, k, v, geometry, bias=self.relative_bias(geometry), dropout=dropout)
-        y: Tensor = self.proj_drop(self.proj(geometry.crop(out.flatten(-2), grid)))
+        y: Tensor = self.proj_drop(self.proj(geometry.crop(out.contiguous().flatten(-2), grid)))
         return y

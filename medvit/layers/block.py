@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from medvit.dims import conv
 from medvit.kernels import WindowGeometry
 from medvit.layers.attention import WindowAttention
 
@@ -19,6 +20,31 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(..., dim)`` to the same."""
         out: Tensor = self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        return out
+
+
+class EFFN(nn.Module):
+    """HBFormer's enhanced feed-forward: linear, depthwise conv 3, conv 1, exact GELU, linear, over a token grid.
+
+    Args:
+        spatial_dims: rank of the grid.
+        dim, hidden: widths.
+        drop: dropout after the activation and at the end.
+
+    Shapes: ``(B, *grid, dim)`` to the same. Source: Zheng et al., "HBFormer" (BIBM 2025).
+    """
+
+    def __init__(self, spatial_dims: int, dim: int, hidden: int, drop: float = 0.0):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.depthwise = conv(spatial_dims, hidden, hidden, 3, padding=1, groups=hidden)
+        self.pointwise = conv(spatial_dims, hidden, hidden, 1)
+        self.act, self.drop = nn.GELU(), nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix neighbours and channels; see the class."""
+        hidden = self.pointwise(self.depthwise(self.fc1(x).movedim(-1, 1))).movedim(1, -1)
+        out: Tensor = self.drop(self.fc2(self.drop(self.act(hidden))))
         return out
 
 
@@ -58,11 +84,17 @@ class SwinBlock(nn.Module):
         num_heads: attention heads.
         geometry: windows, shifted or not.
         mlp_ratio: hidden width of the MLP over ``dim``.
+        mlp: ``"mlp"``, or ``"effn"`` for :class:`EFFN`, which sees neighbouring tokens.
         qkv_bias, clamp: see :class:`~medvit.layers.attention.WindowAttention`.
         drop, attn_drop: dropout of the projections and of attention weights.
         drop_path: probability of dropping a residual branch.
 
-    Shapes: ``(B, *grid, dim)`` to the same. Source: Liu et al., "Swin Transformer" (ICCV 2021).
+    Shapes: ``(B, *grid, dim)`` to the same.
+
+    Raises:
+        ValueError: another ``mlp``, or what the attention refuses.
+
+    Source: Liu et al., "Swin Transformer" (ICCV 2021).
     """
 
     def __init__(
@@ -72,6 +104,7 @@ class SwinBlock(nn.Module):
         geometry: WindowGeometry,
         *,
         mlp_ratio: float = 4.0,
+        mlp: str = "mlp",
         qkv_bias: bool = True,
         clamp: str = "exact",
         drop: float = 0.0,
@@ -79,12 +112,15 @@ class SwinBlock(nn.Module):
         drop_path: float = 0.0,
     ):
         super().__init__()
+        if mlp not in ("mlp", "effn"):
+            raise ValueError(f"mlp must be 'mlp' or 'effn', got {mlp!r}")
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(
             dim, num_heads, geometry, qkv_bias=qkv_bias, clamp=clamp, attn_drop=attn_drop, proj_drop=drop
         )
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+        hidden = int(dim * mlp_ratio)
+        self.mlp = Mlp(dim, hidden, drop) if mlp == "mlp" else EFFN(len(geometry.size), dim, hidden, drop)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:

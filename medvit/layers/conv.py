@@ -21,7 +21,7 @@ def image_norm(spatial_dims: int, channels: int, name: str) -> nn.Module:
     Raises:
         ValueError: another name.
     """
-    if name not in _NORMS:
+    if name not in list(_NORMS):  # MONAI's names with arguments cannot be looked up
         raise ValueError(f"norm must be one of {sorted(_NORMS)}, got {name!r}")
     return _NORMS[name](spatial_dims, channels)
 

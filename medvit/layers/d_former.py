@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from medvit.dims import conv
 from medvit.kernels import WindowGeometry, windowed_attention
+from medvit.layers.attention import check_heads
 from medvit.layers.block import DropPath, Mlp
 from medvit.layers.conv import float32_on_tiny_maps
 
@@ -73,8 +74,7 @@ class GroupAttention(nn.Module):
         official_quirks: bool = False,
     ):
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads must divide dim, got num_heads={num_heads} for dim={dim}")
+        check_heads(dim, num_heads)
         self.num_heads, self.group, self.interval = num_heads, group, interval
         self.attn_drop, self.official_quirks = attn_drop, official_quirks
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)

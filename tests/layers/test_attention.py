@@ -65,7 +65,7 @@ def test_another_clamp_is_refused():
 
 
 def test_heads_must_divide_the_channels():
-    with pytest.raises(ValueError, match=r"^num_heads must divide dim, got num_heads=5 for dim=12$"):
+    with pytest.raises(ValueError, match=r"^num_heads must divide the width 12, got 5; use 4$"):
         WindowAttention(12, 5, WindowGeometry.swin(4, 2))
 
 

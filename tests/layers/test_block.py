@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from medvit.kernels import WindowGeometry
-from medvit.layers.block import DropPath, Mlp, SwinBlock
+from medvit.layers.block import EFFN, DropPath, Mlp, SwinBlock
 
 
 def randomised(module, seed=0):
@@ -23,6 +23,30 @@ def test_mlp_is_linear_exact_gelu_linear():
     hidden = x @ mlp.fc1.weight.T + mlp.fc1.bias
     hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
     torch.testing.assert_close(mlp(x), hidden @ mlp.fc2.weight.T + mlp.fc2.bias, rtol=0, atol=1e-5)
+
+
+def test_effn_convolves_the_hidden_tokens_before_the_activation():
+    effn = randomised(EFFN(2, 6, 10))
+    x = torch.randn(2, 5, 7, 6)
+    hidden = (x @ effn.fc1.weight.T + effn.fc1.bias).permute(0, 3, 1, 2)
+    hidden = F.conv2d(hidden, effn.depthwise.weight, effn.depthwise.bias, padding=1, groups=10)
+    hidden = F.conv2d(hidden, effn.pointwise.weight, effn.pointwise.bias).permute(0, 2, 3, 1)
+    hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
+    torch.testing.assert_close(effn(x), hidden @ effn.fc2.weight.T + effn.fc2.bias, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_a_block_with_effn_takes_the_rank_of_its_windows(rank):
+    block = randomised(SwinBlock(6, 2, WindowGeometry.swin(3, rank, shifted=True), mlp_ratio=2.0, mlp="effn"))
+    x = torch.randn(2, *[5, 4, 7][:rank], 6)
+    y = x + block.attn(F.layer_norm(x, (6,), block.norm1.weight, block.norm1.bias))
+    y = y + block.mlp(F.layer_norm(y, (6,), block.norm2.weight, block.norm2.bias))
+    torch.testing.assert_close(block(x), y, rtol=0, atol=1e-5)
+
+
+def test_another_mlp_is_refused():
+    with pytest.raises(ValueError, match=r"^mlp must be 'mlp' or 'effn', got 'conv'$"):
+        SwinBlock(6, 2, WindowGeometry.swin(3, 2), mlp="conv")
 
 
 # --- stochastic depth

@@ -134,7 +134,7 @@ def test_the_authors_attend_padding_where_only_depth_is_padded(grid, differs):
 
 
 def test_heads_must_divide_the_channels():
-    with pytest.raises(ValueError, match=r"^num_heads must divide dim, got num_heads=3 for dim=8$"):
+    with pytest.raises(ValueError, match=r"^num_heads must divide the width 8, got 3; use 2$"):
         GroupAttention(8, 3, (2, 2))
 
 
