@@ -160,7 +160,7 @@ def test_the_runner_does_what_the_network_says(tiny, study, tmp_path):
     assert record["bundle"] == "tiny"
     assert record["weights_sha256"] == tiny.metadata["medvit"]["weights_sha256"]
     assert record["settings"] == {
-        "roi_size": [32, 64, 32],
+        "roi_size": [64, 64, 64],
         "overlap": 0.5,
         "mirror_axes": [0],
         "amp": False,
@@ -261,7 +261,7 @@ def test_verify_network(tiny):
     formats["outputs"]["pred"]["num_channels"] = 5
     edit_json(tiny.root / "configs/metadata.json", network_data_format=formats)
     assert _result("network", Bundle(tiny.root)) == (
-        "by the metadata the network returns (1, 5, 32, 64, 32), it returns (1, 3, 32, 64, 32)"
+        "by the metadata the network returns (1, 5, 64, 64, 64), it returns (1, 3, 64, 64, 64)"
     )
 
 

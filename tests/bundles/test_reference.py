@@ -10,7 +10,7 @@ from medvit.bundle import find_bundle
 # Of the logits of each class: mean, standard deviation and the value in the middle, recorded with torch 2.15 on a CPU.
 # Not a measure of quality: the input is no image of a brain.
 EXPECTED = {
-    "hippocampus_swin_unetr": [[5.7219, 2.0283, 3.9528], [-6.0331, 2.0610, -6.6722], [-5.7837, 1.7968, -3.9840]],
+    "hippocampus_swin_unetr": [[6.1958, 1.8121, 4.4246], [-6.3136, 1.9832, -4.4594], [-6.1296, 1.8096, -6.1342]],
 }
 
 
