@@ -333,7 +333,7 @@ def test_nothing_to_do(bundle, tmp_path, content):
     out = tmp_path / "out"
     reason = {
         "nothing": "no DICOM series of modality MR and no NIfTI file found; there is: nothing at all",
-        "text": "there is: notes.txt: neither DICOM nor NIfTI",
+        "text": "there is: notes.txt: no DICOM, NIfTI, PNG, JPEG, TIFF or BMP file",
         "absent": "no such file or folder",
     }[content]
     for command in (("predict", bundle, folder, "-o", out), ("inspect", folder), ("convert", folder, "-o", out)):
@@ -462,7 +462,7 @@ def test_inspect_says_what_would_be_used(study):
         ["p1/3_T1_test", "dicom", "MR", "36×48×32", "1×1×1", "LPS", "32"],
         ["p2/scan", "nifti", "-", "36×48×32", "1×1×1", "PIR", "1"],
         ["set aside", "code", "why"],
-        [str(study / "notes.txt"), "not-an-image", "neither DICOM nor NIfTI"],
+        [str(study / "notes.txt"), "not-an-image", "no DICOM, NIfTI, PNG, JPEG, TIFF or BMP file"],
     ]
     assert result.stderr.splitlines()[-1] == "2 usable, 0 not usable, 1 files set aside"
 

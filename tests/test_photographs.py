@@ -173,8 +173,20 @@ def test_volumes_are_skipped_with_a_line_and_photographs_by_other_bundles(bundle
 
 
 def test_formats_of_volumes_do_not_apply(bundle, album, tmp_path):
-    medvit("predict", bundle, album, "-o", tmp_path / "out", "-f", "nifti", "-f", "dicom-seg")
-    assert set(tree(tmp_path / "out")) == {"manifest.jsonl", "volumes.csv", "volumes.json"}
+    out = tmp_path / "out"
+    result = medvit("predict", bundle, album, "-o", out, "-f", "nifti", "-f", "dicom-seg")
+    assert set(tree(out)) == {"manifest.jsonl", "volumes.csv", "volumes.json"}
+    assert "p2/zoom: none of the formats asked for applies to it, so nothing was written" in result.stderr
+
+
+def test_overwriting_with_nothing_keeps_what_is_there(bundle, album, tmp_path):
+    command = ("predict", bundle, album / "p1/left.png", "-o", tmp_path / "out")
+    medvit(*command)
+    before = tree(tmp_path / "out")
+    medvit(*command, "-f", "nifti", "--overwrite")
+    after = tree(tmp_path / "out")
+    assert before.pop("manifest.jsonl") != after.pop("manifest.jsonl") and before == after
+    assert "0 done, 1 skipped, 0 failed" in medvit(*command, "--resume").stderr
 
 
 def test_nothing_of_the_exif_data_gets_out(bundle, tmp_path):

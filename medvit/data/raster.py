@@ -42,6 +42,7 @@ _TURNS = {
     8: ((0, 1), (-1, 0)),
 }
 _TIFF_SUBFILE, _TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_SUBIFDS = 254, 256, 257, 330
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def read_raster_header(path: str | Path) -> RasterHeader:
 
     Raises:
         UnreadableFile: none of the four formats, corrupt, or too large.
-        UnreadableSeries: ``multi-frame``, or ``pixel-type``: neither grey nor RGB, or colours of 16 bits.
+        UnreadableSeries: ``multi-frame``, or ``pixel-type``: neither grey nor RGB, colours of 16 bits, or
+            values that pillow would misread.
     """
     path = Path(path)
     with _opened(path) as image:
@@ -174,11 +176,19 @@ def _channels(image: Any, path: Path) -> int:
     if image.mode == "I" and image.format == "PNG":  # 16 bits in older versions of pillow
         channels = 1
     what = f"are of pillow's mode {image.mode}"
-    if channels and not image.mode.startswith("I") and any(";16" in raw for raw in _raw_modes(image)):
+    deep = image.mode.startswith("I")
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    # of channels in separate planes pillow does not say how they are packed, and reads 16 bits as 8
+    bits = max(tags.get(_TIFF_BITS, (1,)))
+    if channels and not deep and (bits > 8 or any(";16" in raw for raw in _raw_modes(image))):
         channels, what = None, "have 16 bits per channel, which pillow would cut to 8"
+    elif channels and deep and tags.get(_TIFF_PHOTOMETRIC) == 0:
+        channels, what = None, "are of 16 bits with 0 for white, which pillow would not turn"
+    elif channels and any(kind not in (1, 4) for kind in tags.get(_TIFF_SAMPLE_FORMAT, ())):
+        channels, what = None, "have a sign, which pillow would not heed"
     if channels is None:
-        reason = f"grey values of at most 16 bits or RGB of 8 are needed, but its pixels {what}; save it as 8-bit RGB"
-        raise UnreadableSeries(path, "pixel-type", reason)
+        needed = "grey values of at most 16 bits or RGB of 8 are needed"
+        raise UnreadableSeries(path, "pixel-type", f"{needed}, but its pixels {what}; save it as 8-bit RGB or grey")
     return channels
 
 
@@ -219,13 +229,17 @@ def _pixels(image: Any, path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
         alpha = "LA" if image.mode in ("1", "L") else "RGBA"
     if alpha is None:
         plain = {"1": "L", "P": "RGB"}.get(image.mode, image.mode)
-        return np.asarray(image.convert(plain)), ()
-    pixels = np.asarray(image.convert(alpha))
-    opaque = pixels[..., -1] == 255
+        pixels = np.asarray(image.convert(plain))
+        opaque = pixels != image.info.get("transparency", -1)  # one value of 16-bit grey; of other modes see above
+    else:
+        pixels = np.asarray(image.convert(alpha))
+        opaque = pixels[..., -1] == 255
     if not opaque.all():
         share = 100 * (1 - opaque.mean())
         reason = f"{share:.3g} % of its pixels are transparent, and what lies behind is unknown; save it without alpha"
         raise UnreadableSeries(path, "transparent", reason)
+    if alpha is None:
+        return pixels, ()
     colours = pixels[..., 0] if alpha == "LA" else pixels[..., :3]
     return colours, ("its alpha channel, opaque everywhere, was left out",)
 

@@ -268,7 +268,9 @@ def _examine(found: _Found) -> Header | Series | SetAside:
     if lower.endswith(raster.SUFFIXES):
         inside = "no PNG, JPEG, TIFF or BMP inside" if start else "empty"
         return _unreadable(found, f"named like a photograph, but {inside}")
-    return SetAside(path, "not-an-image", "neither DICOM nor NIfTI" if start.strip(b"\0") else _BLANK)
+    return SetAside(
+        path, "not-an-image", "no DICOM, NIfTI, PNG, JPEG, TIFF or BMP file" if start.strip(b"\0") else _BLANK
+    )
 
 
 def _unreadable(found: _Found, reason: str) -> Series:

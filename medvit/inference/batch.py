@@ -155,7 +155,10 @@ class FolderRunner:
                 return {**(before or {}), "status": "skipped", "reason": "done before, in the same way"}
             label_map = self.predictor(case)
             outputs = self._write(name, label_map)
-            for stale in set(before["outputs"] if before else ()) - set(outputs):  # of formats not asked for now
+            if not outputs:
+                logger.warning("%s: none of the formats asked for applies to it, so nothing was written", name)
+            # of formats not asked for now; where nothing new came, what is there stays
+            for stale in set(before["outputs"] if before and outputs else ()) - set(outputs):
                 (self.output_dir / stale).unlink(missing_ok=True)
             record |= {
                 "outputs": outputs,

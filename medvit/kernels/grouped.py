@@ -24,7 +24,10 @@ def run(q: Tensor, k: Tensor, v: Tensor, geometry: WindowGeometry, bias: Tensor 
         mask = allowed if mask is None else mask + allowed
         mask = mask.expand(q.shape[0] // mask.shape[0], *mask.shape).flatten(0, 1)  # windows of all images in turn
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    return geometry.ungroup(out.transpose(1, 2), grid)
+    out = out.transpose(1, 2)
+    if torch.compiler.is_compiling():  # torch 2.15: export sees other strides than its ONNX step
+        out = out.clone(memory_format=torch.contiguous_format)
+    return geometry.ungroup(out, grid)
 
 
 @constant(maxsize=16)

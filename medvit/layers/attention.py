@@ -100,5 +100,5 @@ class WindowAttention(nn.Module):
         q, k, v = self.qkv(geometry.pad(x)).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         dropout = self.attn_drop if self.training else 0.0
         out = windowed_attention(q, k, v, geometry, bias=self.relative_bias(geometry), dropout=dropout)
-        y: Tensor = self.proj_drop(self.proj(geometry.crop(out.contiguous().flatten(-2), grid)))
+        y: Tensor = self.proj_drop(self.proj(geometry.crop(out.flatten(-2), grid)))
         return y

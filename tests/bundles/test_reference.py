@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bundle_synthetic import BUNDLES
 
 from medvit.bundle import find_bundle
 
@@ -14,20 +15,27 @@ EXPECTED = {
 }
 
 
-def wave(size: tuple[int, ...]) -> torch.Tensor:
-    """A smooth image ``(1, 1, *size)`` of mean 0 and standard deviation 1, the same on every machine."""
-    axes = [torch.linspace(0, 1, n, dtype=torch.float64) for n in size]
+def wave(size: tuple[int, ...], channels: int) -> torch.Tensor:
+    """A smooth image ``(1, channels, *size)`` of mean 0 and standard deviation 1, the same on every machine."""
+    axes = [torch.linspace(0, 1, n, dtype=torch.float64) for n in (*size, 1)[:3]]
     i, j, k = torch.meshgrid(axes, indexing="ij")
     image = torch.sin(9 * i + 2 * j) + torch.cos(11 * j - 3 * k) * (1 + k) + torch.sin(40 * i * k) / 4
-    return ((image - image.mean()) / image.std()).float()[None, None]
+    image = ((image - image.mean()) / image.std()).float().reshape(1, 1, *size)
+    return torch.cat([image.roll(16 * channel, 2) for channel in range(channels)], 1)
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_the_shipped_weights_give_the_recorded_numbers(name: str) -> None:
     bundle = find_bundle(name)
-    size = tuple(bundle.metadata["network_data_format"]["inputs"]["image"]["spatial_shape"])
+    image = bundle.metadata["network_data_format"]["inputs"]["image"]
+    size = tuple(image["spatial_shape"])
     with torch.inference_mode():
-        logits = bundle.network()(wave(size))[0]
+        logits = bundle.network()(wave(size, image["num_channels"]))[0]
     middle = logits[(slice(None), *[n // 2 for n in size])]
-    found = [[float(v) for v in row] for row in zip(logits.mean((1, 2, 3)), logits.std((1, 2, 3)), middle, strict=True)]
+    flat = logits.flatten(1)
+    found = [[float(v) for v in row] for row in zip(flat.mean(1), flat.std(1), middle, strict=True)]
     assert found == [pytest.approx(row, abs=2e-3) for row in EXPECTED[name]], found
+
+
+def test_every_bundle_is_pinned() -> None:
+    assert set(EXPECTED) == {path.parent.parent.name for path in BUNDLES.glob("*/configs/metadata.json")}

@@ -99,7 +99,10 @@ def test_nothing_found_says_what_was_looked_for_and_what_is_there(folder, tmp_pa
         list_cases(tmp_path / "junk")
     for n in range(5):
         (tmp_path / "junk" / f"{n}.txt").write_text("x")
-    with pytest.raises(NothingFound, match=r"0\.txt: neither DICOM nor NIfTI; .*; and 2 more files that are no images"):
+    with pytest.raises(
+        NothingFound,
+        match=r"0\.txt: no DICOM, NIfTI, PNG, JPEG, TIFF or BMP file; .*; and 2 more files that are no images",
+    ):
         list_cases([tmp_path / "junk"])
 
 

@@ -245,6 +245,64 @@ def test_colours_of_16_bits_are_not_cut_to_8(tmp_path, colour, channels):
     assert code_of(caught) == "pixel-type"
 
 
+def tiff(planes, bits, **tags):
+    """A plain TIFF of 4 x 3 pixels, one strip for each plane."""
+    entries = {256: [4], 257: [3], 258: [bits] * len(planes), 259: [1], 262: [2 if len(planes) > 1 else 1]}
+    entries |= {277: [len(planes)], 278: [3], 284: [2 if len(planes) > 1 else 1]}
+    entries |= {int(tag[1:]): [value] for tag, value in tags.items()}
+    starts = [8 + sum(map(len, planes[:n])) for n in range(len(planes))]
+    entries |= {273: starts, 279: [len(plane) for plane in planes]}
+    pixels, long = b"".join(planes), b""
+    directory = struct.pack("<H", len(entries))
+    behind = 8 + len(pixels) + 2 + 12 * len(entries) + 4
+    for tag, values in sorted(entries.items()):
+        packed = struct.pack(f"<{len(values)}H", *values)
+        if len(packed) > 4:
+            packed, long = struct.pack("<I", behind + len(long)), long + packed
+        directory += struct.pack("<HHI", tag, 3, len(values)) + packed.ljust(4, b"\0")
+    return struct.pack("<4sI", b"II*\0", 8 + len(pixels)) + pixels + directory + bytes(4) + long
+
+
+@pytest.mark.parametrize(
+    ("planes", "bits", "tags", "message"),
+    [
+        (3, 16, {}, "have 16 bits per channel, which pillow would cut to 8"),
+        (1, 16, {"t262": 0}, "are of 16 bits with 0 for white, which pillow would not turn"),
+        (1, 8, {"t339": 2}, "have a sign, which pillow would not heed"),
+    ],
+)
+def test_tiff_files_that_pillow_would_misread(tmp_path, planes, bits, tags, message):
+    path = tmp_path / "a.tif"
+    path.write_bytes(tiff([bytes(12 * bits // 8)] * planes, bits, **tags))
+    with pytest.raises(UnreadableSeries, match=message) as caught:
+        read_raster_header(path)
+    assert code_of(caught) == "pixel-type"
+
+
+def test_planes_of_8_bits_and_white_as_0(tmp_path):
+    path = tmp_path / "a.tif"
+    planes = [bytes(range(n, n + 12)) for n in (0, 50, 100)]
+    path.write_bytes(tiff(planes, 8, t339=1))
+    pixels = np.frombuffer(b"".join(planes), np.uint8).reshape(3, 3, 4).transpose(1, 2, 0)
+    np.testing.assert_array_equal(read_raster(path).array, as_volume(pixels))
+    path.write_bytes(tiff(planes[:1], 8, t262=0))
+    np.testing.assert_array_equal(read_raster(path).array, as_volume(255 - pixels[..., 0]))
+
+
+@pytest.mark.parametrize("value", [0x1234, 0x1235])
+def test_one_transparent_grey_of_16_bits(tmp_path, value):
+    path = tmp_path / "a.png"
+    data = png(3, 2, 16, 0, (b"\0" + b"\x12\x34" + b"\x20\0" * 2) * 2)
+    start = data.index(b"IDAT") - 4
+    chunk = b"tRNS" + struct.pack(">H", value)
+    path.write_bytes(data[:start] + struct.pack(">I", 2) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[start:])
+    if value == 0x1235:  # no pixel has it
+        assert read_raster(path).array[0, 0, 0] == 0x1234
+        return
+    with pytest.raises(UnreadableSeries, match=r"33\.3 % of its pixels are transparent"):
+        read_raster(path)
+
+
 def test_several_pictures_in_one_file(tmp_path):
     first, second = (Image.fromarray(colours(seed=n)) for n in (0, 1))
     first.save(tmp_path / "pages.tif", save_all=True, append_images=[second])
