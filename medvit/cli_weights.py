@@ -107,6 +107,9 @@ def convert(
     resize_positions: Annotated[
         bool, typer.Option("--resize-positions", help="Interpolate position tables to the network's size.")
     ] = False,
+    resize_patches: Annotated[
+        bool, typer.Option("--resize-patches", help="Resample patch embeddings to the network's patch size.")
+    ] = False,
     inflate: Annotated[Inflation | None, typer.Option(help="Make 2D kernels 3D: spread, or in the middle.")] = None,
     channels: Annotated[Channels | None, typer.Option(help="Adapt kernels to other image channels.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it exists.")] = False,
@@ -131,7 +134,12 @@ def convert(
             model,
             arguments,
             layout=layout,
-            reshape=Reshape(resize_positions, inflate and inflate.value, channels and channels.value),
+            reshape=Reshape(
+                positions=resize_positions,
+                patches=resize_patches,
+                inflate=inflate and inflate.value,
+                channels=channels and channels.value,
+            ),
             allow_partial=allow_partial,
             drop=drop or (),
         )

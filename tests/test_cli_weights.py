@@ -168,14 +168,17 @@ def test_options_reach_the_conversion(checkpoint, tmp_path):
     medvit(
         "convert", checkpoint, "--model", "vit", "--output", output, "--entry", "ema", "--layout", "mae_encoder_cls",
         "--set", "num_heads=2", "--set", "num_classes=3", "--set", "spatial_dims=3", "--set", "in_channels=1",
-        "--set", "img_size=[16, 32, 32]", "--set", "patch_size=8", "--set", "global_pool=cls", "--drop", "junk",
-        "--allow-partial", "--resize-positions", "--inflate", "center", "--channels", "average",
+        "--set", "img_size=[16, 32, 32]", "--set", "patch_size=[8, 4, 4]", "--set", "global_pool=cls", "--drop", "junk",
+        "--allow-partial", "--resize-positions", "--resize-patches", "--inflate", "center", "--channels", "average",
     )  # fmt: skip
     with safe_open(output, "pt") as file:
         header = file.metadata()
     assert json.loads(header["adapted"]) == [
-        ["encoder.pos_embed", "resized from 1x4x4 to 2x4x4"],
-        ["encoder.patch_embed.proj.weight", "inflated to depth 8 (center), 3 channels to 1 (average)"],
+        ["encoder.pos_embed", "resized from 1x4x4 to 2x8x8"],
+        [
+            "encoder.patch_embed.proj.weight",
+            "patches resized from 8x8 to 4x4, inflated to depth 8 (center), 3 channels to 1 (average)",
+        ],
     ]
     assert json.loads(header["missing"]) == ["head.weight", "head.bias"]
 
@@ -218,11 +221,12 @@ def test_every_command_explains_itself(arguments):
 # fixture: model, document whose table translates its arguments, further ones, input, what to call, stored output
 CASES = {
     "swinunetr3d": (
-        "swin_unetr", None, {"use_v2": True, "downsample": "merging"}, "in.input",
+        "swin_unetr", "swin_unetr", {"use_v2": True, "downsample": "merging"}, "in.input",
         lambda m, x: m.encoder(x)[4], "out.v2.hidden_states.4",
     ),
     "swinunetr2d": (
-        "swin_unetr", None, {"use_v2": True}, "in.input", lambda m, x: m.encoder(x)[4], "out.v2.hidden_states.4"
+        "swin_unetr", "swin_unetr", {"use_v2": True}, "in.input",
+        lambda m, x: m.encoder(x)[4], "out.v2.hidden_states.4",
     ),
     "dformer_seg": (
         "d_former", "d_former", {}, "in.input", lambda m, x: m.encoder(x)[3].movedim(1, -1), "out.bottleneck_norm"
@@ -254,7 +258,7 @@ def test_an_official_file_becomes_a_network_that_reproduces_it(case, tmp_path):
     official = {}
     for part in ("constructor", "backbone_override", "hf_config"):
         official |= description["config"].get(part, {})
-    config = translate(f"docs/{document}.md", official) if document else official
+    config = translate(f"docs/{document}.md", official)
     if model == "uni4eye":  # the encoder of a network with a decoder
         config = {k: v for k, v in config.items() if not k.startswith("decoder")}
     source, output = PARITY / f"{case}.weights.safetensors", tmp_path / "out.safetensors"

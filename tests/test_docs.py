@@ -163,7 +163,7 @@ def monais_swin_unetr() -> type:
 
 
 def test_every_argument_of_monais_swin_unetr_is_accounted_for() -> None:
-    told = " ".join(first_column(section(ROOT / "docs/swin_unetr.md", "| MONAI | here |", "\n## ")))
+    told = " ".join(first_column(section(ROOT / "docs/swin_unetr.md", "| authors | here | |", "\n## ")))
     arguments = set(inspect.signature(monais_swin_unetr()).parameters)
     explained = {name for name in arguments if re.search(rf"\b{name}\b", told) or name.startswith("hyena_")}
     assert explained == arguments
@@ -173,7 +173,7 @@ def test_defaults_in_the_table_are_those_of_both_libraries() -> None:
     from medvit.models.swin_unetr import SwinUNETR
 
     ours, theirs = inspect.signature(SwinUNETR).parameters, inspect.signature(monais_swin_unetr()).parameters
-    table = section(ROOT / "docs/swin_unetr.md", "| MONAI | here |", "\n## ")
+    table = section(ROOT / "docs/swin_unetr.md", "| authors | here | |", "\n## ")
     defaults = dict(re.findall(r"`(\w+)=([^`]+)`", table))
     assert ours["clamp"].default == ast.literal_eval(defaults.pop("clamp"))
     assert defaults.pop("norm_layer") == "nn.LayerNorm"

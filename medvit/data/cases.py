@@ -12,6 +12,8 @@ from medvit.data.study import Inventory, Series, discover, is_folder
 from medvit.errors import NothingFound
 
 VOLUMES = ("dicom", "nifti")
+# photographs of formats that are not read: among photographs they are lost cases, not litter
+_OTHER_PHOTOGRAPHS = {".avif", ".gif", ".heic", ".heif", ".webp"}
 _KINDS = {"dicom": "DICOM series", "nifti": "NIfTI file", "raster": "photograph"}
 _log = logging.getLogger("medvit")
 
@@ -54,7 +56,9 @@ def list_cases(
     if not chosen:
         raise NothingFound(_nothing(dataset_dir, kinds, sorted(wanted), inventory))
     for aside in inventory.set_aside:
-        _log.info("%s: set aside (%s): %s", aside.path, aside.code, aside.reason)
+        lost = "raster" in kinds and aside.path.suffix.lower() in _OTHER_PHOTOGRAPHS
+        level = logging.WARNING if lost else logging.INFO
+        _log.log(level, "%s: set aside (%s): %s", aside.path, aside.code, aside.reason)
     return [{key: _files(one), "case": one.name, "notes": list(one.notes)} for one in chosen]
 
 

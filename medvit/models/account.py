@@ -124,7 +124,7 @@ def _rename(
         except KeyError:
             unexplained.append((key, ""))
             continue
-        if name is None:
+        if name is None or (name not in own and layout.is_surplus(name)):
             dropped.append(key)
         elif name not in own:
             unexplained.append((key, "this network has no such part"))

@@ -108,14 +108,16 @@ def _unpickle(path: Path) -> object:
             return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:  # torch's own message advises to run the file's code
         found = re.search(r"(?:GLOBAL|global:?|class) ([\w.]+\.\w+)", str(error))
-        what = f"it asks for {found[1]}, and" if found else "or"
+        what = f"it asks for {found[1]}, and" if found else "it is damaged or no checkpoint;"
         raise WeightsMismatch(
             f"{path}: not read: {what} nothing but tensors, numbers and text is taken from a pickled file, whose code "
             "is never run; ask for a file of plain tensors, or save one where you trust it"
         ) from error
     except Exception as error:
         reason = str(error).partition("\n")[0]
-        raise WeightsMismatch(f"{path}: not readable as a checkpoint ({type(error).__name__}: {reason})") from error
+        raise WeightsMismatch(
+            f"{path}: not readable as a checkpoint ({type(error).__name__}: {reason}); fetch it again if it is damaged"
+        ) from error
 
 
 def _descend(

@@ -113,11 +113,13 @@ def layouts(model: str | None = None) -> list[Layout]:
 
 
 def recognise(state: Mapping[str, Tensor]) -> list[Layout]:
-    """Layouts whose marks the keys bear, those that leave the fewest keys unexplained first."""
+    """Layouts whose marks the keys bear: those that explain every key, or all, fewest unexplained keys first."""
     marked = [
         layout for layout in layouts() if all(any(re.fullmatch(mark, key) for key in state) for mark in layout.marks)
     ]
-    return sorted(marked, key=lambda layout: len(unexplained(layout, state)))
+    counts = {(layout.model, layout.name): len(unexplained(layout, state)) for layout in marked}
+    marked.sort(key=lambda layout: counts[layout.model, layout.name])
+    return [layout for layout in marked if not counts[layout.model, layout.name]] or marked
 
 
 def unexplained(layout: Layout, state: Mapping[str, Tensor]) -> list[str]:
@@ -134,7 +136,8 @@ def unexplained(layout: Layout, state: Mapping[str, Tensor]) -> list[str]:
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a file is, as far as names and shapes tell; builds no network. Fit for JSON."""
     state = checkpoint.state
-    known = recognise(state)
+    converted = checkpoint.header if _is_converted(checkpoint) else None
+    known = [] if converted else recognise(state)
     return {
         "file": str(checkpoint.path),
         "format": checkpoint.format,
@@ -144,7 +147,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "tensors": len(state),
         "dtypes": dict(sorted(Counter(str(v.dtype).removeprefix("torch.") for v in state.values()).items())),
         "parameters": sum(v.numel() for v in state.values() if v.is_floating_point()),
-        "converted": checkpoint.header if "model" in checkpoint.header and "config" in checkpoint.header else None,
+        "converted": converted,
         "layouts": [
             {
                 "layout": layout.name,
@@ -155,7 +158,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
             }
             for layout in known
         ],
-        "unexplained": [] if known else list(state),
+        "unexplained": [] if known or converted else list(state),
         "note": _not_ours(state),
     }
 
@@ -185,7 +188,8 @@ def convert(
         The conversion with its account, clean or not: see :meth:`Conversion.check`.
 
     Raises:
-        WeightsMismatch: no layout, or none that is certain; arguments that lack, are unknown or are refused.
+        WeightsMismatch: no layout, or none that is certain; a file converted already; arguments that lack, are unknown
+            or are refused.
         ValueError: an unknown model.
     """
     chosen = _choose(checkpoint, model, layout)
@@ -214,7 +218,7 @@ def load_converted(path: str | Path, *, allow_partial: bool = False) -> nn.Modul
     """
     checkpoint = read_checkpoint(path)
     header, state = checkpoint.header, checkpoint.state
-    if "model" not in header or "config" not in header:
+    if not _is_converted(checkpoint):
         raise WeightsMismatch(f"{path}: names no network in its header; `medvit weights convert` writes files that do")
     missing = json.loads(header.get("missing", "[]"))
     if missing and not allow_partial:
@@ -226,6 +230,10 @@ def load_converted(path: str | Path, *, allow_partial: bool = False) -> nn.Modul
     own = network.state_dict()
     load_weights(network, {k: own[k] for k in missing if k in own} | state)
     return network.eval()
+
+
+def _is_converted(checkpoint: Checkpoint) -> bool:
+    return "model" in checkpoint.header and "config" in checkpoint.header
 
 
 def read_config(text: str) -> dict[str, Any]:
@@ -242,6 +250,10 @@ def read_config(text: str) -> dict[str, Any]:
 
 def _choose(checkpoint: Checkpoint, model: str, name: str | None) -> Layout:
     model_class(model)  # an unknown name is said so
+    if _is_converted(checkpoint):
+        raise WeightsMismatch(
+            f"{checkpoint.path}: is converted already, to {checkpoint.header['model']}; `load_converted` builds it"
+        )
     own = {layout.name: layout for layout in layouts(model)}
     if name is not None:
         if name not in own:

@@ -181,8 +181,8 @@ class DFormer(nn.Module):
     ):
         super().__init__()
         for name, values in (("depths", depths), ("num_heads", num_heads), ("intervals", intervals)):
-            if len(values) != LEVELS or any(n < 1 for n in values):
-                raise ValueError(f"{name} needs one number above 0 for each of the four levels, got {tuple(values)}")
+            if not isinstance(values, Sequence) or len(values) != LEVELS or any(n < 1 for n in values):
+                raise ValueError(f"{name} needs one number above 0 for each of the four levels, got {values}")
         patch = _per_axis(patch_size, _PATCH, spatial_dims, "patch_size")
         group = _per_axis(group_size, _GROUP, spatial_dims, "group_size")
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
@@ -259,8 +259,12 @@ OFFICIAL_KEYS = KeyMap(
 )
 
 
+# of the network whose patches and width are the authors' defaults
+_PUBLISHED = {"num_heads": (3, 6, 12, 24), "group_size": _GROUP}
+
+
 def _infer(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the shapes of an official file tell; heads, groups and intervals leave no trace."""
+    """What the shapes of an official file tell; heads and groups leave no trace, nor intervals, which are fixed."""
     patch = state["model_down.patch_embed.proj.weight"]
     first = "model_down.layers.0.blocks.0."
     block = re.compile(r"model_down\.layers\.(\d)\.blocks\.\d+\.norm1\.weight")
@@ -271,7 +275,7 @@ def _infer(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "out_channels": state["final.0.1.weight"].shape[0],
         "patch_size": tuple(patch.shape[2:]),
         "embed_dim": patch.shape[0],
-        **({"num_heads": (3, 6, 12, 24)} if patch.shape[0] == 96 else {}),  # the published width
+        **(_PUBLISHED if (patch.shape[0], *patch.shape[2:]) == (96, *_PATCH) else {}),
         "depths": tuple(levels.count(i) for i in range(LEVELS)),
         "mlp_ratio": state[first + "mlp.fc1.weight"].shape[0] / patch.shape[0],
         "qkv_bias": first + "attn.qkv.bias" in state,
@@ -286,7 +290,11 @@ LAYOUTS = (
         model="d_former",
         keys=OFFICIAL_KEYS,
         marks=(r"model_down\.layers_up\.0\.expand\.weight", r"final\.0\.1\.weight"),
+        surplus=r"heads\.[12]\..*",  # the authors build all three whatever deep_supervision says
         infer=_infer,
-        ask={"num_heads": "no shape depends on it"},
+        ask={
+            "num_heads": "no shape depends on it; one number for each level, such as [3,6,12,24]",
+            "group_size": "no shape depends on it; one number or one per axis, such as [2,8,8]",
+        },
     ),
 )

@@ -45,4 +45,5 @@ def check_image(x: Tensor, in_channels: int, spatial_dims: int) -> None:
         raise ValueError(
             f"this network needs (B, {in_channels}, {spatial_dims} spatial axes), got shape {tuple(x.shape)}"
             + (f"; repeat the channel of a grey image {in_channels} times" if grey else "")
+            + ("; no axis may be empty" if 0 in x.shape[2:] else "")
         )

@@ -17,6 +17,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from medvit.dims import conv, ntuple
+from medvit.layers.attention import check_heads
 from medvit.layers.position import resize_position
 from medvit.models.encoder import check_image
 from medvit.models.weights import KeyMap, Layout
@@ -79,8 +80,7 @@ class RadDino(nn.Module):
         super().__init__()
         patch = ntuple(patch_size, spatial_dims, "patch_size")
         image = ntuple(img_size, spatial_dims, "img_size")
-        if embed_dim % num_heads:
-            raise ValueError(f"num_heads must divide embed_dim, got num_heads={num_heads} for embed_dim={embed_dim}")
+        check_heads(embed_dim, num_heads)
         if interpolation not in _INTERPOLATIONS:
             raise ValueError(f"interpolation must be one of {sorted(_INTERPOLATIONS)}, got {interpolation!r}")
         if layer_scale_init == 0:  # timm would leave the scale out

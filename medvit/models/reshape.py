@@ -1,4 +1,4 @@
-"""Weights of another size made to fit: position tables, 2D kernels in 3D, image channels. Only where asked for."""
+"""Weights of another size made to fit: position tables, patches, 2D kernels in 3D, image channels; where asked for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from math import prod
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from medvit.layers.attention import RelativePositionBias
 from medvit.layers.position import resize_position
@@ -68,6 +69,29 @@ def adapt_channels(kernel: Tensor, channels: int, how: str) -> Tensor:
     return kernel[:, torch.arange(channels, device=kernel.device) % old] * (old / channels)
 
 
+def resize_patches(kernel: Tensor, size: Sequence[int]) -> Tensor:
+    """A patch embedding for patches of another size.
+
+    It gives for patches enlarged to ``size`` (cubic along each axis, antialiased) what ``kernel`` gave before; for
+    smaller patches no kernel can, and this one is nearest over white noise.
+
+    Args:
+        kernel: ``(out, in, *patch)``.
+        size: of the new patches, per axis.
+
+    Returns:
+        ``(out, in, *size)``.
+
+    Source: Beyer et al., "FlexiViT: One Model for All Patch Sizes" (CVPR 2023), sec. 3.4.
+    """
+    out = kernel.double()
+    for axis, (old, new) in enumerate(zip(kernel.shape[2:], size, strict=True), 2):
+        basis = torch.eye(old, dtype=torch.float64, device=kernel.device)[None, None]
+        resized = F.interpolate(basis, size=(old, new), mode="bicubic", antialias=True)[0, 0]
+        out = (out.movedim(axis, -1) @ torch.linalg.pinv(resized).T).movedim(-1, axis)
+    return out.to(kernel.dtype).contiguous()
+
+
 def grid_of(rows: int, like: Sequence[int], *, flat: bool = False) -> tuple[int, ...] | None:
     """The token grid that a table of ``rows`` rows was made for; None if that cannot be told.
 
@@ -111,6 +135,7 @@ class Reshape:
             does (:func:`~medvit.layers.position.resize_position`). Rows of cls stay.
         inflate: see :func:`inflate`; the depth axis comes first.
         channels: see :func:`adapt_channels`; of convolutions that read the image.
+        patches: resize patch embeddings, see :func:`resize_patches`; before inflation.
 
     Raises:
         ValueError: an unknown choice.
@@ -119,6 +144,7 @@ class Reshape:
     positions: bool = False
     inflate: str | None = None
     channels: str | None = None
+    patches: bool = False
 
     def __post_init__(self) -> None:
         _check("inflate", self.inflate, (None, *INFLATIONS))
@@ -151,13 +177,24 @@ class Reshape:
         own = conv.weight.shape
         done: tuple[str, ...] = ()
         helps: tuple[str, ...] = ()
-        if value.dim() == 4 and len(own) == 5 and value.shape[2:] == own[3:]:
+        plane = own[2 - value.dim() :]
+        same = value.dim() in (4, len(own)) and value.shape[2:] == plane
+        embeds = conv.stride == conv.kernel_size and max(conv.stride) > 1 and value.shape[0] == own[0]
+        if value.dim() in (4, len(own)) and not same and embeds:
+            if self.patches:
+                sizes = " to ".join("x".join(map(str, s)) for s in (value.shape[2:], plane))
+                value = resize_patches(value, plane)
+                done += (f"patches resized from {sizes}",)
+            else:
+                helps += ("--resize-patches",)
+            same = True
+        if same and value.dim() == 4 and len(own) == 5:
             if self.inflate is None:
                 helps += ("--inflate",)
             else:
                 value = inflate(value, own[2], self.inflate)
                 done += (f"inflated to depth {own[2]} ({self.inflate})",)
-        others = value.shape[0] == own[0] and value.shape[2:] == own[-value.dim() + 2 :]
+        others = value.shape[0] == own[0] and same
         reads_image = own[1] == _image_channels(network) and conv.groups == 1
         if others and reads_image and value.shape[1] != own[1]:
             if self.channels is None:

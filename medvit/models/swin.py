@@ -124,10 +124,9 @@ class SwinEncoder(nn.Module):
         clamp: str = "prefix",
     ):
         super().__init__()
-        if len(depths) != len(num_heads):
+        if not (isinstance(depths, Sequence) and isinstance(num_heads, Sequence) and len(depths) == len(num_heads)):
             raise ValueError(
-                f"depths and num_heads need one entry per stage, got depths={tuple(depths)} and "
-                f"num_heads={tuple(num_heads)}"
+                f"depths and num_heads need one entry per stage, got depths={depths} and num_heads={num_heads}"
             )
         patch = ntuple(patch_size, spatial_dims, "patch_size")
         window = ntuple(window_size, spatial_dims, "window_size")

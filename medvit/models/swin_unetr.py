@@ -68,8 +68,8 @@ class SwinUNETR(nn.Module):
         clamp: str = "prefix",
     ):
         super().__init__()
-        if len(depths) != 4:
-            raise ValueError(f"Swin UNETR has four stages, got depths={tuple(depths)}")
+        if not isinstance(depths, Sequence) or len(depths) != 4:
+            raise ValueError(f"Swin UNETR has four stages, got depths={depths}")
         self.in_channels = in_channels
         self.takes_one_cell = norm_name != "instance"
         self.encoder = SwinEncoder(
@@ -214,7 +214,7 @@ def _infer_monai(state: Mapping[str, Tensor]) -> dict[str, Any]:
     return {
         **_infer_encoder(state, "linear", "swinViT."),
         "out_channels": state["out.conv.conv.weight"].shape[0],
-        "norm_name": "batch" if "encoder1.layer.norm1.weight" in state else "instance",
+        "norm_name": "batch" if "encoder1.layer.norm1.running_mean" in state else "instance",
         "use_v2": "swinViT.layers1c.0.layer.conv1.conv.weight" in state,
     }
 

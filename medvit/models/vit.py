@@ -16,6 +16,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from medvit.dims import ntuple
+from medvit.layers.attention import check_heads
 from medvit.layers.masking import Masking
 from medvit.layers.patch import PatchEmbed
 from medvit.layers.position import resize_position, sincos_position
@@ -185,9 +186,7 @@ def vit_blocks(
     Raises:
         ValueError: heads that do not divide the width.
     """
-    if num_heads < 1 or dim % num_heads:
-        fits = max((heads for heads in range(1, num_heads) if dim % heads == 0), default=1)
-        raise ValueError(f"num_heads must divide the width {dim}, got {num_heads}; use {fits}")
+    check_heads(dim, num_heads)
     rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
     norm = partial(nn.LayerNorm, eps=EPS)
     return nn.ModuleList(
@@ -282,7 +281,8 @@ LAYOUTS = (
         "medical_mae_classifier",
         "vit",
         CLASSIFIER_KEYS,
-        marks=(_BLOCKS, r"head\.weight", r"(fc_norm|norm)\.weight"),
+        # an MAE's encoder without its decoder has neither head nor fc_norm
+        marks=(_BLOCKS, r"pos_embed", r"(head|fc_norm)\.weight"),
         infer=_infer_classifier(),
         ask=ASK_HEADS,
     ),
@@ -290,7 +290,7 @@ LAYOUTS = (
         "mae_encoder",
         "vit",
         MAE_TO_AVG_KEYS,
-        marks=(_BLOCKS, r"decoder_embed\.weight"),
+        marks=(_BLOCKS, r"pos_embed", r"norm\.weight"),
         partial=r"(head|encoder\.fc_norm)\..*",
         infer=_infer_classifier("avg"),
         ask=ASK_HEADS,
@@ -299,7 +299,7 @@ LAYOUTS = (
         "mae_encoder_cls",
         "vit",
         MAE_TO_CLS_KEYS,
-        marks=(_BLOCKS, r"decoder_embed\.weight"),
+        marks=(_BLOCKS, r"pos_embed", r"norm\.weight"),
         partial=r"head\..*",
         infer=_infer_classifier("cls"),
         ask=ASK_HEADS,

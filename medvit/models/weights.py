@@ -87,6 +87,8 @@ class Layout:
             and raises KeyError where a key that it reads is not there.
         ask: constructor arguments that decide what the weights compute, though no key and no shape tells them; with the
             reason to give to people. One that ``infer`` does not return must be given.
+        surplus: regular expression of the whole names of ours that such a file holds even where the network has not
+            (heads used in training only): these are dropped on purpose. None: there are none.
     """
 
     name: str
@@ -97,10 +99,15 @@ class Layout:
     transform: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
     infer: Callable[[Mapping[str, Tensor]], dict[str, Any]] | None = None
     ask: Mapping[str, str] = field(default_factory=dict)
+    surplus: str | None = None
 
     def prepared(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state dict that the key table speaks of, after ``transform``."""
         return self.transform(dict(state)) if self.transform else dict(state)
+
+    def is_surplus(self, name: str) -> bool:
+        """Whether a network without the parameter ``name`` may leave it out."""
+        return self.surplus is not None and re.fullmatch(self.surplus, name) is not None
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], layout: Layout | KeyMap | None = None) -> None:
@@ -119,10 +126,11 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], layout: Layout |
         given = dict(state)
     else:
         given = layout.keys.apply(layout.prepared(state)) if isinstance(layout, Layout) else layout.apply(state)
-    optional = layout.partial if isinstance(layout, Layout) else None
     own = model.state_dict()
-    if optional is not None:
-        given = {k: v for k, v in own.items() if re.fullmatch(optional, k)} | given
+    if isinstance(layout, Layout):
+        given = {k: v for k, v in given.items() if k in own or not layout.is_surplus(k)}
+        if layout.partial is not None:
+            given = {k: v for k, v in own.items() if re.fullmatch(layout.partial, k)} | given
     missing = sorted(own.keys() - given.keys())
     unexpected = sorted(given.keys() - own.keys())
     shapes = [

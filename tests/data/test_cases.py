@@ -197,6 +197,16 @@ def test_a_closed_folder_may_hold_photographs(folder, monkeypatch):
     assert [case["case"] for case in list_cases(folder, kinds=["raster"])] == ["closed", "eye"]
 
 
+def test_a_photograph_of_a_format_that_is_not_read_is_told_loudly(tmp_path, caplog):
+    write_picture(tmp_path / "eye.png", colours())
+    (tmp_path / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    (tmp_path / "readme.txt").write_text("hello")
+    with caplog.at_level(logging.WARNING, "medvit"):
+        assert [case["case"] for case in list_cases(tmp_path, kinds=["raster"])] == ["eye"]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.endswith("phone.HEIC: set aside (not-an-image): no DICOM, NIfTI, PNG, JPEG, TIFF or BMP file")
+
+
 @pytest.mark.parametrize("kinds", [[], ["png"], ["raster", "PHOTO"]])
 def test_unknown_kinds(folder, kinds):
     with pytest.raises(ValueError, match=r"kinds must be some of dicom, nifti, raster, got \["):

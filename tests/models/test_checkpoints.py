@@ -80,15 +80,22 @@ def test_a_truncated_safetensors_file(tmp_path):
 def test_a_truncated_zip(tmp_path):
     path = saved(tmp_path, STATE)
     path.write_bytes(path.read_bytes()[:-60])
-    with refusal(path, r"not readable as a checkpoint \(\w+: .*\)$"):
+    with refusal(path, r"not readable as a checkpoint \(\w+: .*\); fetch it again if it is damaged$"):
         read_checkpoint(path)
 
 
-@pytest.mark.parametrize("contents", [b"", b"<html>404</html>", b"\x80\x02"])
-def test_what_is_no_checkpoint(contents, tmp_path):
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (b"", "not readable as a checkpoint"),
+        (b"<html>404</html>", "not read: it is damaged or no checkpoint; nothing but tensors"),
+        (b"\x80\x02", "not readable as a checkpoint"),
+    ],
+)
+def test_what_is_no_checkpoint(contents, message, tmp_path):
     path = tmp_path / "model.pth"
     path.write_bytes(contents)
-    with refusal(path, "not "):
+    with refusal(path, message):
         read_checkpoint(path)
 
 

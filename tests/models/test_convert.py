@@ -81,6 +81,14 @@ def test_an_mae_is_an_encoder_too(mae):
     assert found == [("mae", "medical_mae"), ("vit", "mae_encoder"), ("vit", "mae_encoder_cls")]
 
 
+def test_only_layouts_that_explain_every_key_count_where_there_are_any(mae):
+    names = mae_names(mae) | {"head.weight": torch.zeros(2, 16), "head.bias": torch.zeros(2)}
+    names = {k: v for k, v in names.items() if not re.match("decoder|mask_token", k)}
+    assert [layout.name for layout in recognise(names)] == ["medical_mae_classifier"]
+    found = {layout.name for layout in recognise({**names, "junk": torch.zeros(1)})}
+    assert found == {"medical_mae_classifier", "mae_encoder", "mae_encoder_cls"}
+
+
 # --- Swin UNETR: the order of patch merging
 
 
@@ -221,6 +229,23 @@ def test_an_mae_to_a_classifier(mae, file, tmp_path):
         torch.testing.assert_close(loaded.encoder.tokens(image), mae.encoder.tokens(image))
 
 
+@pytest.mark.parametrize("pool", ["avg", "cls"])
+def test_an_encoder_without_decoder_or_head(pool, mae, file, tmp_path):
+    """facebookresearch/mae publishes its encoders so, and timm every network built without classes."""
+    names = {k: v for k, v in mae_names(mae).items() if not re.match("decoder|mask_token", k)}
+    layout = "mae_encoder_cls" if pool == "cls" else "mae_encoder"
+    conversion = convert(file({"model": names}), "vit", {"num_heads": 2}, layout=layout, allow_partial=True)
+    conversion.save(tmp_path / "out")
+    loaded = load_converted(tmp_path / "out", allow_partial=True).encoder
+    image = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        tokens = loaded.tokens(image) if pool == "cls" else mae.encoder.norm(loaded.tokens(image))
+        torch.testing.assert_close(tokens, mae.encoder.tokens(image))
+    if pool == "avg":  # a fine-tuned one has its norm, and needs no layout said
+        names = {k.replace("norm.", "fc_norm.") if k.startswith("norm.") else k: v for k, v in names.items()}
+        assert convert(file(names), "vit", {"num_heads": 2}).layout.name == "medical_mae_classifier"
+
+
 def test_a_table_of_another_size_needs_leave(mae, file, tmp_path):
     checkpoint = file(mae_names(mae))
     given = {"num_heads": 2, "decoder_num_heads": 2, "img_size": 64}
@@ -329,6 +354,26 @@ def test_weights_of_another_network(mae, file):
         r"swin_unetr takes \['monai', 'monai-dae', 'monai-ssl'\]$"
     ):
         convert(file(mae_names(mae)), "swin_unetr")
+
+
+def test_a_d_former_is_asked_for_heads_and_groups_unless_it_has_the_authors_width_and_patch():
+    (layout,) = layouts("d_former")
+    first = "model_down.layers.0.blocks.0."
+    shapes = {"model_down.patch_embed.proj.weight": (96, 3, 2, 4, 4), "final.0.1.weight": (14, 96, 1, 1, 1)}
+    shapes |= {f"{first}mlp.fc1.weight": (384, 96), f"{first}norm1.weight": (96,)}
+    state = {key: torch.zeros(shape) for key, shape in shapes.items()}
+    told = layout.infer(state)
+    assert (told["num_heads"], told["group_size"]) == ((3, 6, 12, 24), (2, 8, 8))
+    assert set(layout.ask) == {"num_heads", "group_size"}
+    for shape in ((48, 1, 2, 4, 4), (96, 1, 1, 4, 4)):
+        state["model_down.patch_embed.proj.weight"] = torch.zeros(shape)
+        assert not set(layout.ask) & set(layout.infer(state))
+
+
+def test_a_converted_file_is_not_converted_again(conversion, tmp_path):
+    conversion.save(tmp_path / "out")
+    with refusal(r"out: is converted already, to mae; `load_converted` builds it$"):
+        convert(read_checkpoint(tmp_path / "out"), "vit")
 
 
 def test_weights_of_no_network_here(file):
@@ -458,4 +503,6 @@ def test_what_is_left_unexplained_and_what_stops_inference(mae, file):
 
 def test_a_converted_file_describes_itself(conversion, tmp_path):
     conversion.save(tmp_path / "out.safetensors")
-    assert describe(read_checkpoint(tmp_path / "out.safetensors"))["converted"]["model"] == "mae"
+    found = describe(read_checkpoint(tmp_path / "out.safetensors"))
+    assert found["converted"]["model"] == "mae"
+    assert (found["layouts"], found["unexplained"]) == ([], [])

@@ -10,8 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from medvit.errors import WeightsMismatch
+from medvit.models.account import take_stock
 from medvit.models.d_former import LAYOUTS, OFFICIAL_KEYS, DFormer
 from medvit.models.encoder import Encoder
+from medvit.models.reshape import Reshape
+from medvit.models.weights import load_weights
 
 SMALL = {
     "in_channels": 1,
@@ -97,6 +101,21 @@ def test_an_official_file_names_every_parameter_and_tells_the_architecture():
     assert all(any(re.fullmatch(mark, key) for key in official) for mark in layout.marks)
 
 
+@pytest.mark.parametrize("deep_supervision", [False, True])
+def test_the_authors_three_heads_fit_whatever_deep_supervision_says(deep_supervision):
+    trained, fresh = network(deep_supervision=True), network(seed=1, deep_supervision=deep_supervision)
+    official = {official_name(key): value for key, value in trained.state_dict().items()}
+    (layout,) = LAYOUTS
+    load_weights(fresh, official, layout)
+    x = image(1, 1, 20, 30)
+    assert torch.equal(fresh(x), trained(x))
+    account, _ = take_stock(layout, official, fresh, Reshape(), allow_partial=False)
+    assert account.problem() is None
+    assert len(account.dropped) == (0 if deep_supervision else 8)
+    with pytest.raises(WeightsMismatch, match="1 unexpected"):
+        load_weights(fresh, {**official, "final.3.1.weight": torch.zeros(1)}, layout)
+
+
 # --- any size
 
 
@@ -175,7 +194,8 @@ def test_the_authors_do_not_crop_and_always_build_three_heads():
 
 @pytest.mark.parametrize("shape", [(1, 64, 64), (1, 1, 8, 8, 8), (1, 3, 64, 64), (1, 1, 0, 64)])
 def test_an_image_that_does_not_fit_is_refused(shape):
-    message = f"this network needs (B, 1, 2 spatial axes), got shape {shape}"
+    hint = "; no axis may be empty" if 0 in shape else ""
+    message = f"this network needs (B, 1, 2 spatial axes), got shape {shape}{hint}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         network()(torch.zeros(shape))
 
@@ -189,7 +209,8 @@ def test_an_image_that_does_not_fit_is_refused(shape):
         ),
         ({"num_heads": (1, 2, 2, 0)}, r"num_heads needs one number above 0 .* got \(1, 2, 2, 0\)"),
         ({"intervals": (8, 4, 2, 0)}, r"intervals needs one number above 0 .* got \(8, 4, 2, 0\)"),
-        ({"num_heads": (3, 3, 3, 3)}, "num_heads must divide dim, got num_heads=3 for dim=8"),
+        ({"num_heads": 2}, r"num_heads needs one number above 0 for each of the four levels, got 2"),
+        ({"num_heads": (3, 3, 3, 3)}, "num_heads must divide the width 8, got 3; use 2"),
         ({"patch_size": (2, 2, 2)}, r"patch_size needs one int or 2 of them, got \(2, 2, 2\)"),
         ({"group_size": (2, 0)}, r"group_size must be at least 1 on every axis, got \(2, 0\)"),
         ({"spatial_dims": 4, "patch_size": 2}, r"spatial_dims must be one of \[1, 2, 3\], got 4"),

@@ -322,7 +322,12 @@ def test_the_decoders_heads_are_known_at_published_widths_and_asked_for_at_other
             {"mask_ratio": 0.95},
             "mask_ratio must lie in [0, 1) and leave a token visible, got 0.95 of 16 tokens; use 0.75",
         ),
-        ((1, 1, 16, 16), {}, "this network needs (B, 3, 2 spatial axes), got shape (1, 1, 16, 16)"),
+        (
+            (1, 1, 16, 16),
+            {},
+            "this network needs (B, 3, 2 spatial axes), got shape (1, 1, 16, 16); "
+            "repeat the channel of a grey image 3 times",
+        ),
     ],
 )
 def test_input_that_does_not_fit_is_refused(shape, options, message):

@@ -413,7 +413,8 @@ def test_the_published_size_runs():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_heads": 5}, "num_heads must divide embed_dim, got num_heads=5 for embed_dim=24"),
+        ({"num_heads": 5}, "num_heads must divide the width 24, got 5; use 4"),
+        ({"num_heads": 0}, "num_heads must divide the width 24, got 0; use 1"),
         (
             {"interpolation": "bicubic"},
             "interpolation must be one of ['antialias', 'offset', 'size'], got 'bicubic'",

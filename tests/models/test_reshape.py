@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from medvit import create_model
-from medvit.models.reshape import Reshape, adapt_channels, grid_of, inflate
+from medvit.models.reshape import Reshape, adapt_channels, grid_of, inflate, resize_patches
 
 # --- kernels
 
@@ -48,6 +48,32 @@ def test_averaged_channels_give_for_grey_images_what_they_gave(old, new):
     torch.testing.assert_close(
         F.conv3d(grey.expand(-1, new, -1, -1, -1), adapt_channels(kernel, new, "average")),
         F.conv3d(grey.expand(-1, old, -1, -1, -1), kernel),
+    )
+
+
+@pytest.mark.parametrize(("old", "new"), [((4, 4), (6, 8)), ((2, 3, 4), (4, 3, 5))])
+def test_enlarged_patches_give_what_the_patches_gave(old, new):
+    kernel, patch = torch.randn(5, 3, *old, dtype=torch.float64), torch.randn(2, 3, *old, dtype=torch.float64)
+    larger = patch
+    for axis, n in enumerate(new, 2):
+        last = larger.movedim(axis, -1)
+        plane = F.interpolate(
+            last.reshape(1, 1, -1, last.shape[-1]), size=(last[..., 0].numel(), n), mode="bicubic", antialias=True
+        )
+        larger = plane.reshape(*last.shape[:-1], n).movedim(-1, axis)
+    expected = torch.einsum("oc...,bc...->bo", kernel.flatten(2), patch.flatten(2))
+    got = torch.einsum("oc...,bc...->bo", resize_patches(kernel, new).flatten(2), larger.flatten(2))
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.upstream
+@pytest.mark.parametrize("size", [(8, 8), (24, 20), (16, 16)])
+def test_patches_are_resized_as_timm_does_it(size):
+    from timm.layers import resample_patch_embed
+
+    kernel = torch.randn(4, 3, 16, 16)
+    torch.testing.assert_close(
+        resize_patches(kernel, size), resample_patch_embed(kernel, list(size)), rtol=1e-3, atol=1e-3
     )
 
 
@@ -160,7 +186,9 @@ def test_a_2d_swin_bias_is_repeated_over_depth():
         ("encoder.patch_embed.proj.weight", (12, 2, 4, 4), ("--inflate",)),
         ("encoder.patch_embed.proj.weight", (12, 1, 4, 4, 4), ("--channels",)),
         ("encoder.patch_embed.proj.weight", (12, 1, 4, 4), ("--inflate", "--channels")),
-        ("encoder.patch_embed.proj.weight", (12, 2, 8, 8), ()),
+        ("encoder.patch_embed.proj.weight", (12, 2, 8, 8), ("--resize-patches", "--inflate")),
+        ("encoder.patch_embed.proj.weight", (12, 1, 8, 4, 4), ("--resize-patches", "--channels")),
+        ("encoder.patch_embed.proj.weight", (16, 2, 8, 8), ()),
         ("encoder.patch_embed.proj.weight", (16, 2, 4, 4, 4), ()),
         ("encoder.patch_embed.proj.bias", (16,), ()),
         ("encoder.pos_embed", (1, 1 + 9, 16), ()),
@@ -181,6 +209,14 @@ def test_depth_and_channels_together():
     fitted = fit(network, "encoder.patch_embed.proj.weight", kernel, inflate="mean", channels="repeat")
     torch.testing.assert_close(fitted.value, kernel[:, :, None].expand(12, 2, 4, 4, 4) / 8)
     assert fitted.done == ("inflated to depth 4 (mean)", "1 channels to 2 (repeat)")
+
+
+def test_patches_are_resized_before_they_are_inflated():
+    network = create_model("vit", spatial_dims=3, img_size=8, patch_size=(2, 4, 4), **VIT)
+    kernel = torch.randn(12, 2, 8, 8)
+    fitted = fit(network, "encoder.patch_embed.proj.weight", kernel, inflate="mean", patches=True)
+    assert fitted.done == ("patches resized from 8x8 to 4x4", "inflated to depth 2 (mean)")
+    assert torch.equal(fitted.value, inflate(resize_patches(kernel, (4, 4)), 2, "mean"))
 
 
 def test_fewer_channels_by_repeating_is_not_done():

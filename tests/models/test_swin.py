@@ -135,7 +135,7 @@ def test_features_are_monais_on_any_size(spatial, options):
         ),
         ({"window_size": (7, 7, 7)}, r"window_size needs one int or 2 of them, got \(7, 7, 7\)"),
         ({"patch_size": (2,)}, r"patch_size needs one int or 2 of them, got \(2,\)"),
-        ({"num_heads": (5, 6, 12, 24)}, "num_heads must divide dim, got num_heads=5 for dim=12"),
+        ({"num_heads": (5, 6, 12, 24)}, "num_heads must divide the width 12, got 5; use 4"),
         ({"downsample": "max"}, "merging order must be one of .*, got 'max'"),
         ({"clamp": "wrap"}, "clamp must be 'exact' or 'prefix', got 'wrap'"),
         ({"dropout_path_rate": 1.0}, r"a drop-path rate must lie in \[0, 1\), got 1.0"),

@@ -180,8 +180,7 @@ def test_names_and_shapes_of_weights_are_frozen(options, tensors, digest):
         (
             (1, 1, 0, 64),
             {},
-            "every side must be a multiple of (32, 32) and the image larger than one such cell, got (0, 64); "
-            "pad to (32, 64), or use a sliding window with such a roi",
+            "this network needs (B, 1, 2 spatial axes), got shape (1, 1, 0, 64); no axis may be empty",
         ),
         (
             (1, 1, 20, 32),
@@ -213,8 +212,14 @@ def test_the_size_an_error_names_works(shape):
     ("options", "message"),
     [
         ({"depths": (2, 2, 2), "num_heads": (3, 6, 12)}, r"Swin UNETR has four stages, got depths=\(2, 2, 2\)"),
-        ({"feature_size": 16}, "num_heads must divide dim, got num_heads=3 for dim=16"),
+        ({"depths": 2}, "Swin UNETR has four stages, got depths=2"),
+        ({"num_heads": 3}, r"depths and num_heads need one entry per stage, got depths=\(2, 2, 2, 2\) and num_heads=3"),
+        ({"feature_size": 16}, "num_heads must divide the width 16, got 3; use 2"),
         ({"norm_name": "group"}, r"norm must be one of \['batch', 'instance'\], got 'group'"),
+        (
+            {"norm_name": ("instance", {"affine": True})},
+            r"norm must be one of \['batch', 'instance'\], got \('instance', .*\)",
+        ),
         ({"spatial_dims": 4}, r"spatial_dims must be one of \[1, 2, 3\], got 4"),
     ],
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from official import translate
 from safetensors.torch import load_file
 
 from medvit import create_model
@@ -20,7 +21,7 @@ VARIANTS = {
     "v1_mergingv2": {"downsample": "mergingv2"},
     "v1_legacy_merging": {"downsample": "merging_legacy"},
     "v1_unnormalised": {"normalize": False},
-    "v1_flash": {},
+    "v1_flash": {"use_flash_attention": True},
 }
 CASES = [
     (name, variant)
@@ -56,7 +57,8 @@ def test_every_stored_tensor_is_reproduced(name: str, variant: str) -> None:
     }
     if not VARIANTS[variant].get("use_v2"):
         state = {k: v for k, v in state.items() if not any(f"layers{i}c." in k for i in range(1, 5))}
-    model = create_model("swin_unetr", **{**case["config"]["constructor"], **VARIANTS[variant]}).eval()
+    arguments = translate("docs/swin_unetr.md", {**case["config"]["constructor"], **VARIANTS[variant]})
+    model = create_model("swin_unetr", **arguments).eval()
     load_weights(model, state, MONAI_KEYS)
 
     seen: dict[str, torch.Tensor] = {}

@@ -283,8 +283,12 @@ def test_bad_arguments_are_refused(options, message):
     [
         ((1, 3, 16, 17), "every side of the image must be a multiple of the patch (4, 4), got (16, 17); use (16, 20)"),
         ((1, 3, 3, 16), "every side of the image must be a multiple of the patch (4, 4), got (3, 16); use (4, 16)"),
-        ((1, 3, 0, 16), "every side of the image must be a multiple of the patch (4, 4), got (0, 16); use (4, 16)"),
-        ((1, 1, 16, 16), "this network needs (B, 3, 2 spatial axes), got shape (1, 1, 16, 16)"),
+        ((1, 3, 0, 16), "this network needs (B, 3, 2 spatial axes), got shape (1, 3, 0, 16); no axis may be empty"),
+        (
+            (1, 1, 16, 16),
+            "this network needs (B, 3, 2 spatial axes), got shape (1, 1, 16, 16); "
+            "repeat the channel of a grey image 3 times",
+        ),
         ((1, 3, 16, 16, 16), "this network needs (B, 3, 2 spatial axes), got shape (1, 3, 16, 16, 16)"),
     ],
 )
