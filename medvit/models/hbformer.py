@@ -15,13 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medvit.dims import conv, conv_transpose, interpolation, ntuple
-from medvit.errors import WeightsMismatch
 from medvit.kernels import WindowGeometry
-from medvit.layers.attention import RelativePositionBias
 from medvit.layers.block import SwinBlock
 from medvit.layers.fusion import MFF
 from medvit.layers.patch import PatchEmbed, PatchMerging
-from medvit.layers.position import resize_position
+from medvit.models.encoder import check_image
 from medvit.models.weights import KeyMap, Layout
 from medvit.registry import register
 
@@ -106,9 +104,9 @@ class HBFormerEncoder(nn.Module):
         drop_path_rate: float = 0.2,
     ):
         super().__init__()
-        if len(depths) != 4 or len(num_heads) != 4:
+        if any(not isinstance(values, Sequence) or len(values) != 4 for values in (depths, num_heads)):
             raise ValueError(
-                f"HBFormer has four stages, got depths={tuple(depths)} and num_heads={tuple(num_heads)}; "
+                f"HBFormer has four stages, got depths={depths} and num_heads={num_heads}; "
                 "the authors use depths=(2, 2, 6, 2) and num_heads=(3, 6, 12, 24)"
             )
         size = ntuple(img_size, spatial_dims, "img_size")
@@ -139,19 +137,13 @@ class HBFormerEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """``(B, in_channels, *spatial)`` to maps ``(B, channels[i], *ceil(spatial / strides[i]))``, finest first."""
-        self.check(x)
+        check_image(x, self.in_channels, self.spatial_dims)
         x = self.patch_embed(self.input_proj(x))
         features = []
         for stage in self.stages:
             x = stage(x)
             features.append(x.movedim(-1, 1))
         return features
-
-    def check(self, x: Tensor) -> None:
-        """Raise ValueError unless ``x`` is a batch of non-empty images of this rank and these channels."""
-        dims, channels = self.spatial_dims, self.in_channels
-        if x.dim() != 2 + dims or x.shape[1] != channels or any(n < 1 for n in x.shape[2:]):
-            raise ValueError(f"this network needs (B, {channels}, {dims} spatial axes), got shape {tuple(x.shape)}")
 
     def embed(self, x: Tensor) -> Tensor:
         """Mean over the deepest map, ``(B, embed_dim)``."""
@@ -219,7 +211,7 @@ class HBFormer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits; see the class."""
-        self.encoder.check(x)
+        check_image(x, self.encoder.in_channels, self.encoder.spatial_dims)
         sides = x.shape[2:]
         x = F.pad(x, [v for n in reversed(sides) for v in (0, -n % CELL)])
         features = self.encoder(x)
@@ -252,32 +244,6 @@ def _initialise(module: nn.Module) -> None:
 
 
 # --- public weights
-
-
-def resize_bias_tables(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``state`` with relative-position tables of other windows interpolated to the model's, cubic along each axis.
-
-    Args:
-        model: whose windows are wanted.
-        state: medvit's names; tables of square windows.
-
-    Raises:
-        WeightsMismatch: a table whose rows are no power ``spatial_dims`` of an odd number.
-    """
-    out = dict(state)
-    for name, module in model.named_modules():
-        key = f"{name}.table"
-        if not isinstance(module, RelativePositionBias) or key not in out:
-            continue
-        table, rank = out[key], len(module.window)
-        side = round(table.shape[0] ** (1 / rank))
-        if side**rank != table.shape[0] or side % 2 == 0:
-            raise WeightsMismatch(
-                f"{key}: a table for {rank}D windows has (2 * window - 1) ** {rank} rows, got {table.shape[0]}"
-            )
-        wanted = [2 * n - 1 for n in module.window]
-        out[key] = resize_position(table[None], (side,) * rank, wanted, prefix=0)[0]
-    return out
 
 
 _SWIN = {

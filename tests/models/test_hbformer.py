@@ -17,7 +17,6 @@ from medvit.models.hbformer import (
     TIMM_KEYS,
     HBFormer,
     HBFormerEncoder,
-    resize_bias_tables,
 )
 from medvit.models.weights import load_weights
 
@@ -214,25 +213,6 @@ def test_windows_that_are_not_square_are_left_to_the_user():
     assert values["embed_dim"] == 8
 
 
-@pytest.mark.parametrize("window", [2, 5])
-def test_tables_of_another_window_are_interpolated_bicubically(window):
-    trained, model = network(), network(seed=1, window_size=window)
-    key = "encoder.stages.1.blocks.0.attn.relative_bias.table"
-    resized = resize_bias_tables(model, trained.state_dict())
-    load_weights(model, resized)
-    table, rows = trained.state_dict()[key], 2 * window - 1
-    golden = F.interpolate(table.T.reshape(1, 2, 7, 7), size=(rows, rows), mode="bicubic", align_corners=False)
-    torch.testing.assert_close(resized[key], golden.flatten(2)[0].T, rtol=0, atol=1e-6)
-    assert torch.equal(resize_bias_tables(trained, trained.state_dict())[key], table)
-
-
-def test_a_table_of_no_square_window_is_refused():
-    model, key = network(), "encoder.stages.0.blocks.0.attn.relative_bias.table"
-    message = rf"^{key}: a table for 2D windows has \(2 \* window - 1\) \*\* 2 rows, got 48$"
-    with pytest.raises(WeightsMismatch, match=message):
-        resize_bias_tables(model, {key: torch.zeros(48, 1)})
-
-
 # --- windows
 
 
@@ -307,8 +287,13 @@ def test_images_of_a_batch_do_not_see_each_other():
     ("shape", "options", "message"),
     [
         ((1, 64, 64), {}, "this network needs (B, 3, 2 spatial axes), got shape (1, 64, 64)"),
-        ((1, 1, 64, 64), {}, "this network needs (B, 3, 2 spatial axes), got shape (1, 1, 64, 64)"),
-        ((1, 3, 64, 0), {}, "this network needs (B, 3, 2 spatial axes), got shape (1, 3, 64, 0)"),
+        (
+            (1, 1, 64, 64),
+            {},
+            "this network needs (B, 3, 2 spatial axes), got shape (1, 1, 64, 64); repeat the channel of a grey image "
+            "3 times",
+        ),
+        ((1, 3, 64, 0), {}, "this network needs (B, 3, 2 spatial axes), got shape (1, 3, 64, 0); no axis may be empty"),
         (
             (1, 1, 64, 64),
             {"spatial_dims": 3, "in_channels": 1},
