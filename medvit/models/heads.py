@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,10 +49,8 @@ class Segmenter(nn.Module):
 
     def __init__(self, encoder: nn.Module | Mapping[str, Any], out_channels: int, *, width: int = 64):
         super().__init__()
-        body = as_encoder(encoder)
-        dims: int = body.spatial_dims  # type: ignore[assignment]
-        channels: Sequence[int] = body.channels  # type: ignore[assignment]
-        image: int = body.in_channels  # type: ignore[assignment]
+        body: Any = as_encoder(encoder)  # a module and an Encoder: a type that Python cannot spell
+        dims, channels, image = body.spatial_dims, body.channels, body.in_channels
         self.encoder, self.spatial_dims, self.mode = body, dims, interpolation(dims)
         self.lateral = nn.ModuleList(conv(dims, c, width, 1) for c in (image, *channels))
         self.smooth = nn.ModuleList(
@@ -85,16 +83,15 @@ class Classifier(nn.Module):
 
     def __init__(self, encoder: nn.Module | Mapping[str, Any], num_classes: int, *, frozen: bool = False):
         super().__init__()
-        body = as_encoder(encoder)
-        width: int = body.embed_dim  # type: ignore[assignment]
+        body: Any = as_encoder(encoder)
         self.encoder, self.frozen = body, frozen
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, num_classes)
+        self.norm, self.head = nn.LayerNorm(body.embed_dim), nn.Linear(body.embed_dim, num_classes)
         if frozen:
             body.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits; see the class."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            vector = self.encoder.embed(x)  # type: ignore[operator]
+            vector = self.encoder.embed(x)
         logits: Tensor = self.head(self.norm(vector))
         return logits
