@@ -28,7 +28,7 @@ def ntuple(value: SupportsIndex | Iterable[SupportsIndex], spatial_dims: int, na
     """``value`` once per axis: an int is repeated, a sequence must have ``spatial_dims`` entries.
 
     Raises:
-        ValueError: a sequence of another length, or anything but integers; the message names ``name``.
+        ValueError: a sequence of another length, or anything but positive integers; the message names ``name``.
     """
     entries = value if isinstance(value, Iterable) else (value,) * spatial_dims
     try:
@@ -37,6 +37,8 @@ def ntuple(value: SupportsIndex | Iterable[SupportsIndex], spatial_dims: int, na
         axes = ()
     if len(axes) != spatial_dims:
         raise ValueError(f"{name} needs one int or {spatial_dims} of them, got {value!r}")
+    if any(n < 1 for n in axes):
+        raise ValueError(f"{name} must be at least 1 on every axis, got {value!r}")
     return axes
 
 

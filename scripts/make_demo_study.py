@@ -12,7 +12,7 @@ The template ships inside the nilearn wheel (extra ``demo``). OUT receives
 With --retina it receives a photograph instead, which ships inside the scikit-image wheel:
 
     left_eye.jpg             the fundus of a healthy left eye, 1411 x 1411 pixels
-    ATTRIBUTION.txt
+    left_eye.txt             where it is from, and its licence
 
 Equal versions of nilearn, pydicom and scikit-image give equal bytes; files of an earlier call are replaced.
 """
@@ -89,7 +89,7 @@ def make_retina(folder: Path) -> None:
 
     with atomic(folder / "left_eye.jpg", overwrite=True) as part:
         part.write_bytes((files("skimage") / "data/retina.jpg").read_bytes())
-    with atomic(folder / "ATTRIBUTION.txt", overwrite=True) as part:
+    with atomic(folder / "left_eye.txt", overwrite=True) as part:
         part.write_text(RETINA_ATTRIBUTION.format(version=version("scikit-image")), encoding="utf-8")
 
 

@@ -32,6 +32,12 @@ def test_ntuple_refuses_other_lengths_and_anything_but_integers(value):
         dims.ntuple(value, 3, "window_size")
 
 
+@pytest.mark.parametrize("value", [0, (7, 7, 0), (-1, 7, 7)])
+def test_ntuple_refuses_sizes_below_one(value):
+    with pytest.raises(ValueError, match=r"^patch_size must be at least 1 on every axis, got "):
+        dims.ntuple(value, 3, "patch_size")
+
+
 @pytest.mark.parametrize("spatial_dims", [1, 2, 3])
 def test_layers_have_the_rank_asked_for(spatial_dims):
     x = torch.randn(2, 3, *(4, 6, 8)[:spatial_dims])

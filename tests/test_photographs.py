@@ -211,7 +211,7 @@ def test_the_demo_photograph_is_one(tmp_path):
     volume = read_volume(case["image"])
     assert (case["case"], volume.array.shape, volume.notes) == ("left_eye", (1411, 1411, 1, 3), ())
     assert volume.array[..., 0].mean() > 2 * volume.array[..., 2].mean()  # a retina is red
-    assert "CC0" in (tmp_path / "demo/ATTRIBUTION.txt").read_text(encoding="utf-8")
+    assert "CC0" in (tmp_path / "demo/left_eye.txt").read_text(encoding="utf-8")
 
 
 # ---- inspect and convert

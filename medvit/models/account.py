@@ -16,7 +16,7 @@ Noted = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Account:
-    """Keys of a file and of a network by what becomes of them. Entries of the last three lists forbid writing.
+    """Keys of a file and of a network by what becomes of them. Entries of the last four lists forbid writing.
 
     Attributes:
         matched: the network's names.
@@ -26,6 +26,7 @@ class Account:
         missing: the network's names that the file lacks.
         differs: the network's names, each with both shapes.
         unexplained: the file's names, each with a reason where there is a special one.
+        broken: the network's names whose values are not all finite.
         helps: options that would mend some of ``missing`` and ``differs``.
     """
 
@@ -36,11 +37,17 @@ class Account:
     missing: tuple[str, ...]
     differs: Noted
     unexplained: Noted
+    broken: tuple[str, ...]
     helps: tuple[str, ...]
 
     def problem(self) -> str | None:
         """Why nothing may be written, and what would help; None if all is accounted for."""
-        lists = ((self.missing, "missing"), (self.differs, "of another shape"), (self.unexplained, "unexplained"))
+        lists = (
+            (self.missing, "missing"),
+            (self.differs, "of another shape"),
+            (self.unexplained, "unexplained"),
+            (self.broken, "with NaN or infinite values"),
+        )
         found = ", ".join(f"{len(names)} {what}" for names, what in lists if names)
         return f"{found}; {' and '.join(self.helps)} would help" if found and self.helps else found or None
 
@@ -53,6 +60,7 @@ class Account:
             ("missing", self.missing),
             ("shape differs", self.differs),
             ("unexplained", self.unexplained),
+            ("NaN or infinite", self.broken),
         ]
         always = ("dropped on purpose", "missing", "shape differs", "unexplained")
         shown = [(what, len(names), drawn_together(names)) for what, names in lists if names or what in always]
@@ -77,7 +85,7 @@ def take_stock(
     own = network.state_dict()
     names, dropped, unexplained = _rename(layout, state, own)
     tensors: dict[str, Tensor] = {}
-    adapted, differs = [], []
+    adapted, differs, broken = [], [], []
     helps: dict[str, None] = {}
     for name, raw in names.items():
         value, target = raw, own[name]
@@ -90,7 +98,9 @@ def take_stock(
             if value.shape == target.shape:
                 adapted.append((name, ", ".join(fitted.done)))
         tensors[name] = value.contiguous()
-        if value.shape != target.shape:
+        if not value.isfinite().all():
+            broken.append(name)
+        elif value.shape != target.shape:
             differs.append((name, f"network {tuple(target.shape)}, file {tuple(raw.shape)}"))
         elif value.dtype != target.dtype:
             differs.append((name, f"network {target.dtype}, file {raw.dtype}"))
@@ -98,7 +108,9 @@ def take_stock(
     partial = layout.partial is not None and all(re.fullmatch(layout.partial, name) for name in missing)
     if missing and partial and not allow_partial:
         helps["--allow-partial"] = None
-    aside = dict(adapted + differs)
+    aside = {*dict(differs), *broken}
+    adapted = [(name, note) for name, note in adapted if name not in aside]
+    aside |= dict(adapted).keys()
     account = Account(
         matched=tuple(name for name in tensors if name not in aside),
         adapted=tuple(adapted),
@@ -107,6 +119,7 @@ def take_stock(
         missing=() if partial and allow_partial else missing,
         differs=tuple(differs),
         unexplained=tuple(unexplained),
+        broken=tuple(broken),
         helps=tuple(helps),
     )
     return account, tensors

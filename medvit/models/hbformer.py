@@ -110,8 +110,6 @@ class HBFormerEncoder(nn.Module):
                 "the authors use depths=(2, 2, 6, 2) and num_heads=(3, 6, 12, 24)"
             )
         size = ntuple(img_size, spatial_dims, "img_size")
-        if any(n < 1 for n in size):
-            raise ValueError(f"img_size must be positive on every axis, got {size}; use multiples of {CELL}")
         window = ntuple(_window(size) if window_size is None else window_size, spatial_dims, "window_size")
         self.spatial_dims, self.in_channels = spatial_dims, in_channels
         self.channels = tuple(embed_dim * 2**i for i in range(4))

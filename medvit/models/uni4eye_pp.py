@@ -60,13 +60,16 @@ class DynamicHead(nn.Module):
             ``(B, N, P)``: ``weight @ pred + bias`` with ``(B, N, N)`` weights and ``(B, N, 1)`` biases.
 
         Raises:
-            ValueError: another number of tasks than images.
+            ValueError: another number of tasks than images, or a task that is none of ``num_tasks``.
         """
         if task_id is not None and task_id.shape != tokens.shape[:1]:
             raise ValueError(
                 f"task_id must be one number of the {self.num_tasks} tasks per image, {tuple(tokens.shape[:1])}, "
                 f"got {tuple(task_id.shape)}"
             )
+        # its outcome is data: a compiled graph leaves the check to one_hot
+        if task_id is not None and not torch.compiler.is_compiling() and not _all_below(task_id, self.num_tasks):
+            raise ValueError(f"task_id must lie in 0 to {self.num_tasks - 1}, got {task_id.tolist()}")
         if task_id is None:
             code = tokens.new_zeros(tokens.shape[0], self.num_tasks)
         else:
@@ -74,6 +77,10 @@ class DynamicHead(nn.Module):
         parameters = self.controller(torch.cat([tokens.mean(-1), code], 1)[..., None]).flatten(1)
         weight, bias = parameters.split([self.count * self.count, self.count], 1)
         return torch.baddbmm(bias[..., None], weight.unflatten(1, (self.count, self.count)), pred)
+
+
+def _all_below(values: Tensor, end: int) -> bool:
+    return bool(((values >= 0) & (values < end)).all())
 
 
 class Uni4EyePPReconstruction(NamedTuple):

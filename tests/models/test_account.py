@@ -135,3 +135,11 @@ def test_names_for_people():
     assert drawn_together(names) == "blocks.*.norm.weight (12); head.bias; a.* (2): why; a.3"
     assert drawn_together(["a", "b", "c"], most=2) == "a; b; and 1 more kinds"
     assert drawn_together([]) == ""
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(value):
+    account, _ = stock(state(h__bias=torch.tensor([1.0, value, 1.0])))
+    assert account.broken == ("head.bias",) and "head.bias" not in account.matched
+    assert account.problem() == "1 with NaN or infinite values"
+    assert ("NaN or infinite", 1, "head.bias") in account.rows()

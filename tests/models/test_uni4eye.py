@@ -500,5 +500,8 @@ def test_noise_entropy_and_task_that_do_not_fit_are_refused():
         dynamic()(image(IMAGE), entropy=uniform(2, 15))
     with pytest.raises(ValueError, match=r"^task_id must be one number of the 7 tasks per image, \(2,\), got \(3,\)$"):
         dynamic()(image(IMAGE), task_id=torch.tensor([0, 1, 2]))
+    for task in (7, -1):
+        with pytest.raises(ValueError, match=rf"^task_id must lie in 0 to 6, got \[0, {task}\]$"):
+            dynamic()(image(IMAGE), task_id=torch.tensor([0, task]))
     with pytest.raises(ValueError, match="mask_ratio must lie in"):
         two_decoders()(image(IMAGE), 1.0)
