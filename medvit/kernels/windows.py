@@ -40,24 +40,31 @@ def constant(maxsize: int) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor
 
 @dataclass(frozen=True)
 class WindowGeometry:
-    """Groups of tokens that attend to each other: windows over a grid, shifted cyclically (Swin) or dilated (D-Former).
+    """Which tokens attend to which: windows over a grid, shifted (Swin) or dilated (D-Former), or neighbourhoods.
 
-    Along one axis the grid is zero-padded at its end to a multiple of ``size * dilation`` and rolled by ``-shift``. The
-    token at position ``(tile * size + member) * dilation + offset`` is then that member of group ``(tile, offset)``.
-    Two tokens attend to each other iff they lie in the same group and in the same :meth:`regions`.
+    Blocked, without ``stride``. Along one axis the grid is zero-padded at its end to a multiple of ``size * dilation``
+    and rolled by ``-shift``. The token at position ``(tile * size + member) * dilation + offset`` is then that member
+    of group ``(tile, offset)``. Two tokens attend to each other iff they lie in the same group and in the same
+    :meth:`regions`.
+
+    Sliding, with ``stride``. Along one axis the tokens ``dilation`` apart form a line of their own. A line is cut into
+    runs of ``stride`` tokens; all tokens of a run attend to the same ``size`` tokens around the run's middle one (the
+    right one of two), moved inward where the line ends. Nothing is padded.
 
     Args:
-        size: tokens of a group along each axis.
-        shift: roll per axis, ``0 <= shift < size * dilation``.
-        dilation: distance between neighbours of a group, per axis; by default 1, contiguous windows.
+        size: tokens of a window along each axis.
+        shift: roll per axis, ``0 <= shift < size * dilation``; 0 for neighbourhoods.
+        dilation: distance between neighbours of a window, per axis; by default 1, contiguous windows.
         mask_padding: padding tokens are not attended. By default they are: released Swin weights expect it.
         roll_first: roll the grid as it is and pad what comes out, as timm does; by default padding comes first, as in
             MONAI. The two differ only where padding is needed.
+        stride: tokens that share one neighbourhood, per axis, at most ``size``; by default windows are blocked.
 
     Raises:
         ValueError: entries missing or out of range.
 
-    Source: Liu et al., "Swin Transformer" (ICCV 2021); Wu et al., "D-Former" (2022).
+    Source: Liu et al., "Swin Transformer" (ICCV 2021); Wu et al., "D-Former" (2022); Hassani et al., "Neighborhood
+    Attention Transformer" (CVPR 2023) and "Generalized Neighborhood Attention" (2025), SHI-Labs/NATTEN.
     """
 
     size: tuple[int, ...]
@@ -65,6 +72,7 @@ class WindowGeometry:
     dilation: tuple[int, ...] = ()
     mask_padding: bool = False
     roll_first: bool = False
+    stride: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.dilation:
@@ -82,6 +90,18 @@ class WindowGeometry:
             raise ValueError(
                 f"shift must lie in [0, size * dilation) on every axis, got shift={self.shift} for size={self.size}"
             )
+        if self.stride:
+            self._check_stride()
+
+    def _check_stride(self) -> None:
+        if len(self.stride) != len(self.size) or any(
+            not 1 <= s <= n for s, n in zip(self.stride, self.size, strict=False)
+        ):
+            raise ValueError(
+                f"stride must lie in [1, size] on every axis, got stride={self.stride} for size={self.size}"
+            )
+        if any(self.shift) or self.mask_padding or self.roll_first:
+            raise ValueError("neighbourhoods are neither shifted nor padded: leave shift, mask_padding and roll_first")
 
     @classmethod
     def swin(
@@ -119,17 +139,40 @@ class WindowGeometry:
         size = tuple(-(-p // d) for p, d in zip(padded, dilation, strict=True))
         return cls(size, (0,) * len(size), tuple(dilation), mask_padding=True)
 
+    @classmethod
+    def neighborhood(
+        cls,
+        kernel_size: int | Sequence[int],
+        spatial_dims: int,
+        *,
+        stride: int | Sequence[int] = 1,
+        dilation: int | Sequence[int] = 1,
+    ) -> Self:
+        """NATTEN's neighbourhoods of ``kernel_size`` tokens: plain, strided, dilated."""
+        size = ntuple(kernel_size, spatial_dims, "kernel_size")
+        strides, dilations = ntuple(stride, spatial_dims, "stride"), ntuple(dilation, spatial_dims, "dilation")
+        return cls(size, (0,) * spatial_dims, dilations, stride=strides)
+
     def fit(self, grid: Sequence[int]) -> WindowGeometry:
         """The geometry used on ``grid``: an axis no longer than an undilated window becomes one unshifted window.
 
         Raises:
-            ValueError: a grid of another rank.
+            ValueError: a grid of another rank, or too short for dilated neighbourhoods.
         """
         if len(grid) != len(self.size):
             raise ValueError(f"a {len(self.size)}D window geometry needs as many grid axes, got grid={tuple(grid)}")
         axes = zip(grid, self.size, self.shift, self.dilation, strict=True)
         pairs = [(g, 0) if d == 1 and g <= n else (n, s) for g, n, s, d in axes]
-        return replace(self, size=tuple(n for n, _ in pairs), shift=tuple(s for _, s in pairs))
+        size = tuple(n for n, _ in pairs)
+        stride = tuple(min(s, n) for s, n in zip(self.stride, size, strict=False))
+        fitted = replace(self, size=size, shift=tuple(s for _, s in pairs), stride=stride)
+        if stride and any(p > g for p, g in zip(fitted.period, grid, strict=True)):
+            most = tuple(max(1, g // n) for g, n in zip(grid, size, strict=True))
+            raise ValueError(
+                f"neighbourhoods need size * dilation tokens on every axis, here {fitted.period}, got "
+                f"grid={tuple(grid)}; use a dilation up to {most}"
+            )
+        return fitted
 
     @property
     def tokens(self) -> int:
@@ -138,15 +181,17 @@ class WindowGeometry:
 
     @property
     def period(self) -> tuple[int, ...]:
-        """Extent of one window per axis: ``size * dilation``."""
+        """Extent of one window per axis, ``size * dilation``, in tokens of the grid."""
         return tuple(n * d for n, d in zip(self.size, self.dilation, strict=True))
 
     def padded(self, grid: Sequence[int]) -> tuple[int, ...]:
-        """``grid`` rounded up to whole windows."""
+        """``grid`` rounded up to whole windows; neighbourhoods pad nothing."""
+        if self.stride:
+            return tuple(grid)
         return tuple(-(-g // p) * p for g, p in zip(grid, self.period, strict=True))
 
     def windows(self, grid: Sequence[int]) -> tuple[int, ...]:
-        """Number of windows along each axis."""
+        """Number of windows along each axis; of blocked windows."""
         return tuple(p // n for p, n in zip(self.padded(grid), self.size, strict=True))
 
     def pad(self, x: Tensor) -> Tensor:
@@ -173,7 +218,13 @@ class WindowGeometry:
         return x.roll([sign * s for s in self.shift], tuple(range(1, 1 + len(self.shift))))
 
     def group(self, x: Tensor) -> Tensor:
-        """``(B, *grid, ...)`` to ``(B * windows, tokens, ...)``; tiles, offsets and tokens each in raster order."""
+        """``(B, *grid, ...)`` to ``(B * windows, tokens, ...)``; tiles, offsets and tokens each in raster order.
+
+        Raises:
+            ValueError: neighbourhoods: they overlap.
+        """
+        if self.stride:
+            raise ValueError("neighbourhoods overlap and cannot be grouped; use windowed_attention")
         dims = len(self.size)
         axes = tuple(range(1, 1 + dims))
         x = self.pad(x)

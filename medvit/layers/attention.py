@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from medvit.kernels import WindowGeometry, windowed_attention
+from medvit.kernels import BiasTable, WindowGeometry, windowed_attention
 
 
 def check_heads(dim: int, num_heads: int) -> None:
@@ -27,9 +27,8 @@ class RelativePositionBias(nn.Module):
     Args:
         window: per-axis window the table is made for.
         num_heads: attention heads.
-        clamp: what a window smaller than ``window`` reads from the table. ``"exact"``: the entries of its true offsets.
-            ``"prefix"``: the first n x n corner of the full window's index, whatever the offsets; MONAI does this and
-            its released weights were trained so.
+        clamp: what a window smaller than ``window`` reads from the table, see :class:`~medvit.kernels.BiasTable`.
+            ``"prefix"`` is what MONAI does and what its released weights were trained with.
 
     Raises:
         ValueError: another ``clamp``.
@@ -45,15 +44,9 @@ class RelativePositionBias(nn.Module):
         self.table = nn.Parameter(torch.empty(prod(2 * w - 1 for w in window), num_heads))
         nn.init.trunc_normal_(self.table, std=0.02)
 
-    def forward(self, geometry: WindowGeometry) -> Tensor:
-        """Bias ``(heads, tokens, tokens)`` for the windows of a fitted geometry."""
-        n, device = geometry.tokens, self.table.device
-        if self.clamp == "prefix":
-            index = WindowGeometry.full(self.window).relative_index(device=device)[:n, :n]
-        else:
-            index = geometry.relative_index(self.window, device)
-        # contiguous: a permuted bias would make every mask built from it a strided copy
-        return self.table[index.flatten()].reshape(n, n, -1).permute(2, 0, 1).contiguous()
+    def forward(self) -> BiasTable:
+        """What :func:`~medvit.kernels.windowed_attention` takes as bias."""
+        return BiasTable(self.table, self.window, self.clamp)
 
 
 class WindowAttention(nn.Module):
@@ -97,8 +90,9 @@ class WindowAttention(nn.Module):
         """Attend within windows; see the class."""
         grid = x.shape[1:-1]
         geometry = self.geometry.fit(grid)
+        # padding is attended with the keys and values that a zero token has, and asks nothing
         q, k, v = self.qkv(geometry.pad(x)).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         dropout = self.attn_drop if self.training else 0.0
-        out = windowed_attention(q, k, v, geometry, bias=self.relative_bias(geometry), dropout=dropout)
-        y: Tensor = self.proj_drop(self.proj(geometry.crop(out.flatten(-2), grid)))
+        out = windowed_attention(geometry.crop(q, grid), k, v, geometry, bias=self.relative_bias(), dropout=dropout)
+        y: Tensor = self.proj_drop(self.proj(out.flatten(-2)))
         return y

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from medvit.kernels import WindowGeometry, windowed_attention
+from medvit.kernels import BiasTable, WindowGeometry, explain, windowed_attention
 from medvit.kernels import attention as module
 
 BACKENDS = ["dense", "grouped"]
@@ -76,6 +76,70 @@ def test_rolling_first_keeps_the_padding_apart_from_the_seam(backend):
     torch.testing.assert_close(out.flatten(), torch.tensor([3.0, 0.5, 3.5, 3.5, 3.5, 3.5, 3.0]))
 
 
+def natten(length, size, stride, dilation):
+    """Whom each position of a line attends to, spelled out from NATTEN's documentation: (first, last) by position."""
+    seen = {}
+    for position in range(length):
+        line = [p for p in range(length) if p % dilation == position % dilation]
+        place = line.index(position)
+        leader = min(place - place % stride + stride // 2, len(line) - 1)  # of its stride group: the middle, or the end
+        first, last = leader - size // 2, leader + (size - 1) // 2
+        while first < 0:
+            first, last = first + 1, last + 1
+        while last >= len(line):
+            first, last = first - 1, last - 1
+        seen[position] = [line[place] for place in range(first, last + 1)]
+    return seen
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("length", "size", "stride", "dilation"),
+    [
+        (9, 3, 1, 1),
+        (9, 4, 1, 1),
+        (9, 5, 3, 1),
+        (11, 4, 4, 1),
+        (10, 3, 1, 3),
+        (11, 2, 2, 3),
+        (12, 4, 3, 2),
+        (7, 7, 2, 1),
+    ],
+)
+def test_neighbourhoods_are_nattens(backend, length, size, stride, dilation):
+    geometry = WindowGeometry.neighborhood(size, 1, stride=stride, dilation=dilation)
+    seen = natten(length, size, stride, dilation)
+    expected = torch.tensor([sum(seen[p]) / size for p in range(length)])
+    torch.testing.assert_close(windowed_attention(*positions((length,)), geometry, backend=backend).flatten(), expected)
+    # in 2D a neighbourhood is the product of those of its axes
+    geometry = WindowGeometry.neighborhood((size, 3), 2, stride=(stride, 1), dilation=(dilation, 1))
+    rows = torch.tensor([[sum(5 * a + b for a in seen[p] for b in natten(5, 3, 1, 1)[c]) for c in range(5)]
+                         for p in range(length)]) / (3 * size)  # fmt: skip
+    out = windowed_attention(*positions((length, 5)), geometry, backend=backend)
+    torch.testing.assert_close(out.reshape(length, 5), rows)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_neighbourhood_that_was_moved_inward_reads_the_bias_of_its_true_offsets(backend):
+    table = torch.zeros(5, 1)
+    table[0], table[4] = -1e4, 1e4  # a key two places after the query counts for nothing, one two before it for all
+    geometry = WindowGeometry.neighborhood(3, 1)
+    out = windowed_attention(*positions((5,)), geometry, bias=BiasTable(table, (3,)), backend=backend)
+    torch.testing.assert_close(out.flatten(), torch.tensor([0.5, 1.0, 2.0, 3.0, 2.0]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_may_have_keys_and_values_of_its_own(backend):
+    geometry, (q, k, v) = WindowGeometry.swin(4, 1, shifted=True), positions((6,))
+    keys, values = geometry.pad(k), geometry.pad(v)
+    values[:, 6:] = 10
+    out = windowed_attention(q, keys, values, geometry, backend=backend)
+    # {2, 3, 4, 5} and {padding, padding | 0, 1}
+    torch.testing.assert_close(out.flatten(), torch.tensor([0.5] * 2 + [3.5] * 4))
+    out = windowed_attention(q, keys, values, WindowGeometry.swin(4, 1), backend=backend)
+    torch.testing.assert_close(out.flatten(), torch.tensor([1.5] * 4 + [29 / 4] * 2))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_axes_shift_independently(backend):
     out = windowed_attention(*positions((4, 4)), WindowGeometry((2, 2), (1, 0)), backend=backend)
@@ -112,10 +176,14 @@ def cases(draw):
     dilation = tuple(draw(st.sampled_from((1, 1, 2, 3))) for _ in range(dims))
     shift = tuple(draw(st.integers(0, n * d - 1)) for n, d in zip(size, dilation, strict=True))
     grid = tuple(draw(st.integers(1, (24, 9, 5)[dims - 1])) for _ in range(dims))
-    return WindowGeometry(size, shift, dilation, draw(st.booleans()), draw(st.booleans())), grid
+    if draw(st.booleans()):
+        return WindowGeometry(size, shift, dilation, draw(st.booleans()), draw(st.booleans())), grid
+    stride = tuple(draw(st.integers(1, n)) for n in size)
+    grid = tuple(max(g, n * d) if d > 1 else g for g, n, d in zip(grid, size, dilation, strict=True))
+    return WindowGeometry(size, (0,) * dims, dilation, stride=stride), grid
 
 
-@settings(max_examples=80)
+@settings(max_examples=160)
 @given(cases(), st.booleans(), st.integers(1, 2), st.integers(0, 99))
 @example((WindowGeometry((3, 3, 3), (1, 1, 1)), (5, 4, 7)), True, 2, 0)  # ragged, shifted on every axis
 @example((WindowGeometry((4, 4), (2, 2)), (3, 9)), True, 2, 0)  # clamped and unshifted on one axis only
@@ -128,8 +196,90 @@ def test_grouped_is_dense_forward_and_backward(case, bias, batch, seed):
         out = attend(leaves, geometry, backend)
         weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=out.dtype)
         results.append([out, *torch.autograd.grad((out * weights).sum(), leaves)])
+    with torch.inference_mode():
+        results[1].append(attend(leaves, geometry, "grouped"))
+    results[0].append(results[0][0])
     for dense, grouped in zip(*results, strict=True):
         torch.testing.assert_close(grouped, dense, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("geometry", "grid"),
+    [
+        (WindowGeometry.swin(3, 2, shifted=True), (4, 5)),
+        (WindowGeometry.dformer_global(2, 2, (5, 3)), (5, 3)),
+        (WindowGeometry.neighborhood(3, 2, stride=(1, 2)), (4, 5)),
+        (WindowGeometry.neighborhood(2, 1, dilation=2), (7,)),
+    ],
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_are_those_of_the_function(geometry, grid, bias):
+    leaves = random_case(geometry, grid, batch=1, bias=bias)
+    assert torch.autograd.gradcheck(lambda *leaves: attend(leaves, geometry, "grouped"), leaves)
+
+
+@pytest.mark.parametrize("chunk", [1, 100])
+def test_the_result_does_not_depend_on_how_many_windows_go_together(monkeypatch, chunk):
+    geometry, grid = WindowGeometry.swin(3, 2, shifted=True), (10, 8)
+    leaves = random_case(geometry, grid)
+
+    def results():
+        out = attend(leaves, geometry, "grouped")
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    expected = results()
+    monkeypatch.setattr(module.grouped, "LOGITS", chunk)
+    monkeypatch.setattr(module.grouped, "LOGITS_BACKWARD", {"cpu": chunk})
+    for got, want in zip(results(), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+def test_training_keeps_memory_in_proportion_to_the_tokens():
+    geometry, grid = WindowGeometry.swin(7, 2, shifted=True), (35, 35)
+    leaves = random_case(geometry, grid, batch=1, heads=4, dim=8)
+    saved = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t
+    ):
+        out = attend(leaves, geometry, "grouped")
+    # q, k, v, the bias and the result; the weights of all windows alone would be 6 times that
+    assert sum(saved.values()) <= sum(t.nbytes for t in leaves) + out.nbytes
+
+
+@pytest.mark.parametrize("clamp", ["exact", "prefix"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_table_is_the_bias_made_of_it_and_gets_its_gradient(backend, clamp):
+    geometry, grid = WindowGeometry.swin(4, 2, shifted=True), (3, 9)
+    q, k, v = random_case(geometry, grid, bias=False)
+    table = torch.randn(49, 2, dtype=torch.float64, requires_grad=True)
+    rows = BiasTable(table, (4, 4), clamp).index(geometry.fit(grid))
+    results = []
+    for bias in (table[rows].permute(2, 0, 1), BiasTable(table, (4, 4), clamp)):
+        out = windowed_attention(q, k, v, geometry, bias=bias, backend=backend)
+        results.append([out, *torch.autograd.grad(out.square().sum(), (q, table))])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("table", "window", "clamp", "message"),
+    [
+        ((49, 2), (4, 4), "corner", "clamp must be 'exact' or 'prefix', got 'corner'"),
+        ((50, 2), (4, 4), "exact", "a table for windows of (4, 4) is (49, heads), got (50, 2)"),
+        ((49,), (4, 4), "exact", "a table for windows of (4, 4) is (49, heads), got (49,)"),
+    ],
+)
+def test_a_table_that_cannot_be_one_is_refused(table, window, clamp, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        BiasTable(torch.zeros(table), window, clamp)
+
+
+def test_a_table_that_does_not_fit_is_refused():
+    q = torch.zeros(1, 9, 9, 2, 3)
+    with pytest.raises(ValueError, match=r"^the bias table needs 2 heads and 2 axes, got 3 and 2$"):
+        windowed_attention(q, q, q, WindowGeometry.swin(4, 2), bias=BiasTable(torch.zeros(49, 3), (4, 4)))
+    with pytest.raises(ValueError, match=r"^windows of \(4, 4\) need a table for as many, got one for \(3, 3\)$"):
+        windowed_attention(q, q, q, WindowGeometry.swin(4, 2), bias=BiasTable(torch.zeros(25, 2), (3, 3), "prefix"))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
@@ -196,6 +346,12 @@ def shaped(*shape):
             "got (1, 8, 2, 3), (1, 8, 2, 3), (1, 8, 2, 3)",
         ),
         (
+            [shaped(1, 7, 8, 2, 3), shaped(1, 9, 8, 2, 3), shaped(1, 9, 8, 2, 3)],
+            {},
+            "k and v need q's shape (B, *grid, heads, head_dim), with one of the grids [(7, 8), (8, 8)], "
+            "got (1, 7, 8, 2, 3), (1, 9, 8, 2, 3), (1, 9, 8, 2, 3)",
+        ),
+        (
             [shaped(1, 8, 8, 2, 3), shaped(1, 8, 8, 2, 4), shaped(1, 8, 8, 2, 3)],
             {},
             "a 2D geometry needs q, k, v of one shape (B, 2 grid axes, heads, head_dim), "
@@ -233,11 +389,13 @@ def test_auto_takes_the_first_backend_that_can_and_says_why_none_can(monkeypatch
     geometry = WindowGeometry.full((5,))
     leaves = random_case(geometry, (5,))
     expected = attend(leaves, geometry, "dense")
-    monkeypatch.setattr(module.grouped, "supports", lambda q, geometry: "is resting")
+    monkeypatch.setattr(module, "BACKENDS", {"grouped": module.grouped, "dense": module.dense})
+    monkeypatch.setattr(module.grouped, "supports", lambda q, geometry, dropout: "is resting")
     assert torch.equal(attend(leaves, geometry, "auto"), expected)
+    assert explain(leaves[0], geometry) == {"grouped": "is resting", "dense": "chosen"}
     with pytest.raises(ValueError, match=r"^no backend can run this: \{'grouped': 'is resting'\}$"):
         attend(leaves, geometry, "grouped")
-    monkeypatch.setattr(module.dense, "supports", lambda q, geometry: "is away")
+    monkeypatch.setattr(module.dense, "supports", lambda q, geometry, dropout: "is away")
     with pytest.raises(ValueError, match=r"^no backend can run this: \{'grouped': 'is resting', 'dense': 'is away'\}$"):
         attend(leaves, geometry, "auto")
 
@@ -249,3 +407,5 @@ def test_auto_prefers_grouped(monkeypatch):
     leaves = random_case(geometry := WindowGeometry.full((5,)), (5,))
     attend(leaves, geometry, "auto")
     assert ran == [1]
+    fates = windowed_attention.explain(leaves[0], geometry)
+    assert fates["grouped"] == "chosen" and fates["dense"] == "not needed"

@@ -254,6 +254,27 @@ def test_fitting_again_changes_nothing(case):
             lambda: WindowGeometry((4,), (-1,)),
             "shift must lie in [0, size * dilation) on every axis, got shift=(-1,) for size=(4,)",
         ),
+        (
+            lambda: WindowGeometry((4, 4), (0, 0), stride=(2,)),
+            "stride must lie in [1, size] on every axis, got stride=(2,) for size=(4, 4)",
+        ),
+        (
+            lambda: WindowGeometry.neighborhood(4, 1, stride=5),
+            "stride must lie in [1, size] on every axis, got stride=(5,) for size=(4,)",
+        ),
+        (
+            lambda: WindowGeometry((4,), (1,), stride=(2,)),
+            "neighbourhoods are neither shifted nor padded: leave shift, mask_padding and roll_first",
+        ),
+        (
+            lambda: WindowGeometry.neighborhood(4, 2, dilation=(1, 3)).fit((3, 11)),
+            "neighbourhoods need size * dilation tokens on every axis, here (3, 12), got grid=(3, 11); "
+            "use a dilation up to (1, 2)",
+        ),
+        (
+            lambda: WindowGeometry.neighborhood(3, 1).group(torch.zeros(1, 9, 2)),
+            "neighbourhoods overlap and cannot be grouped; use windowed_attention",
+        ),
         (lambda: WindowGeometry.swin((4, 4), 3), "window needs one int or 3 of them, got (4, 4)"),
         (
             lambda: WindowGeometry.swin(4, 2).fit((8, 8, 8)),

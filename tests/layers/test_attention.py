@@ -30,7 +30,7 @@ def test_the_table_has_a_row_per_offset_and_a_column_per_head():
     bias = RelativePositionBias((7, 7, 7), 6)
     assert bias.table.shape == (13**3, 6)
     assert abs(bias.table.std() - 0.02) < 1e-3
-    assert bias(WindowGeometry.swin(7, 3)).shape == (6, 343, 343)
+    assert bias().dense(WindowGeometry.swin(7, 3)).shape == (6, 343, 343)
 
 
 def test_exact_reads_true_offsets_and_prefix_the_corner_of_the_full_index():
@@ -39,20 +39,22 @@ def test_exact_reads_true_offsets_and_prefix_the_corner_of_the_full_index():
     exact = [[7, 6, 2, 1], [8, 7, 3, 2], [12, 11, 7, 6], [13, 12, 8, 7]]
     # the first four tokens of the full window are (0, 0), (0, 1), (0, 2), (1, 0)
     prefix = [[7, 6, 5, 2], [8, 7, 6, 3], [9, 8, 7, 4], [12, 11, 10, 7]]
-    assert numbered_bias((2, 3), "exact")(fitted)[0].tolist() == exact
-    assert numbered_bias((2, 3), "prefix")(fitted)[0].tolist() == prefix
+    assert numbered_bias((2, 3), "exact")().dense(fitted)[0].tolist() == exact
+    assert numbered_bias((2, 3), "prefix")().dense(fitted)[0].tolist() == prefix
 
 
 def test_both_agree_on_the_full_window_and_on_a_window_clamped_along_the_first_axis():
     for size in ((4, 3), (2, 3), (1, 3)):  # the first tokens in raster order are then the clamped window
         fitted = WindowGeometry(size, (0, 0))
-        assert torch.equal(numbered_bias((4, 3), "exact")(fitted), numbered_bias((4, 3), "prefix")(fitted))
+        assert torch.equal(
+            numbered_bias((4, 3), "exact")().dense(fitted), numbered_bias((4, 3), "prefix")().dense(fitted)
+        )
 
 
 def test_heads_read_their_own_column():
     bias = RelativePositionBias((3,), 2)
     bias.table.data = torch.tensor([[0.0, 10], [1, 11], [2, 12], [3, 13], [4, 14]])
-    out = bias(WindowGeometry.full((3,)))
+    out = bias().dense(WindowGeometry.full((3,)))
     assert out.tolist() == [[[2, 1, 0], [3, 2, 1], [4, 3, 2]], [[12, 11, 10], [13, 12, 11], [14, 13, 12]]]
 
 
