@@ -382,7 +382,7 @@ def equal(one, two):
 @pytest.fixture
 def progress():
     """Text of what StatsHandler says; its logger does not hand on to others."""
-    text, logger = io.StringIO(), logging.getLogger("StatsHandler")
+    text, logger = io.StringIO(), logging.getLogger("monai.handlers.StatsHandler")
     handler = logging.StreamHandler(text)
     logger.addHandler(handler)
     yield text
