@@ -376,7 +376,7 @@ def shaped(*shape):
         (
             [shaped(1, 8, 8, 2, 3)] * 3,
             {"backend": "flash"},
-            "unknown backend 'flash': use 'auto' or one of ['dense', 'grouped']",
+            "unknown backend 'flash': use 'auto' or one of ['dense', 'grouped', 'triton']",
         ),
     ],
 )
