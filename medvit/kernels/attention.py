@@ -10,8 +10,8 @@ from medvit.kernels import dense, grouped, triton_attention
 from medvit.kernels.bias import Bias, BiasTable
 from medvit.kernels.windows import WindowGeometry
 
-# In order of preference for backend="auto". The fused kernels agree in the interpreter and compile, but have not been run
-# on a device yet: they are there by name only.
+# In order of preference for backend="auto". The fused kernels agree in the interpreter and compile for a GPU, but none
+# has run them yet: until then they are there by name only.
 BACKENDS: dict[str, ModuleType] = {"grouped": grouped, "triton": triton_attention, "dense": dense}
 
 
