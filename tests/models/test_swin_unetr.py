@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from medvit import create_model
+from medvit.kernels.pieces import _pieces
 from medvit.models.swin_unetr import MONAI_KEYS, SwinUNETR
 from medvit.models.weights import load_weights
 
@@ -360,18 +361,15 @@ def test_a_meta_forward_leaves_real_ones_alone():
     assert network(window_size=5)(image(1, 1, 96, 128)).isfinite().all()
 
 
-def test_masks_are_made_once_per_size():
+def test_tables_of_windows_are_made_once_per_size():
     model = network(window_size=3)
     with torch.no_grad():
         model(image(1, 1, 64, 96))
-        made = []
-        plain = torch.Tensor.masked_fill
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.Tensor, "masked_fill", lambda *a: made.append(1) or plain(*a))
-            model(image(1, 1, 64, 96, seed=1))
-            assert made == []
-            model(image(1, 1, 64, 160))
-            assert made
+        made = _pieces.cache_info().misses
+        model(image(1, 1, 64, 96, seed=1))
+        assert _pieces.cache_info().misses == made
+        model(image(1, 1, 64, 160))
+        assert _pieces.cache_info().misses > made
 
 
 def test_dropout_needs_training_mode():
