@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medvit.dims import conv
+from medvit.layers.norm import channels_last
 
 Offsets = tuple[tuple[int, ...], ...]
 
@@ -62,7 +63,7 @@ class PatchEmbed(nn.Module):
         extra = [-n % p for n, p in zip(x.shape[2:], self.patch_size, strict=True)]
         if any(extra):
             x = F.pad(x, [v for e in reversed(extra) for v in (0, e)])
-        tokens: Tensor = self.norm(self.proj(x).movedim(1, -1))
+        tokens: Tensor = self.norm(self.proj(channels_last(x)).movedim(1, -1))
         return tokens
 
 

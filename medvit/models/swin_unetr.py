@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from medvit.dims import conv, ntuple
-from medvit.layers.conv import ResidualBlock, UpBlock
+from medvit.layers.conv import ResidualBlock, UpBlock, convolve
 from medvit.models.encoder import check_image
 from medvit.models.swin import SwinEncoder
 from medvit.models.weights import KeyMap, Layout
@@ -108,13 +108,18 @@ class SwinUNETR(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits; see the class."""
         self._check(x)
-        h = self.encoder(x)
-        skips = [h[3], *[block(h[i]) for i, block in reversed(list(enumerate(self.skips)))], self.stem(x)]
-        out = self.bottleneck(h[4])
-        for up, skip in zip(self.ups, skips, strict=True):
+        h = list(self.encoder(x))
+        out = self.bottleneck(h.pop())
+        for up, skip in zip(self.ups, self._from_coarse_to_fine(h, x), strict=True):
             out = up(out, skip)
-        logits: Tensor = self.head(out)
-        return logits
+        return convolve(self.head, out).contiguous()  # decoder maps have their channels last, users view logits flat
+
+    def _from_coarse_to_fine(self, h: list[Tensor], x: Tensor) -> Iterator[Tensor]:
+        """The skip of each level when it is needed; what is used up is dropped from ``h``."""
+        yield h.pop()
+        for block in reversed(self.skips):
+            yield block(h.pop())
+        yield self.stem(x)
 
     def _check(self, x: Tensor) -> None:
         cell = self.encoder.strides[-1]
