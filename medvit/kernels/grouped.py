@@ -116,25 +116,29 @@ def _backward(
     dq, dk, dv, dbias = results
     wide, scale = _wide(q.dtype), q.shape[-1] ** -0.5
     offsets = piece.offsets(bias, wide)
-    for queries, keys in _chunks(piece, q, LOGITS_BACKWARD.get(q.device.type, LOGITS)):
+    most = LOGITS_BACKWARD.get(q.device.type, LOGITS)
+    for queries, keys in _chunks(piece, q, most):
         # (B * windows, heads, n or m, head_dim)
         qs, dout, delta = (_heads_first(t, queries).to(wide) for t in (q, *grads))
         ks, vs = (_heads_first(t, keys).to(wide) for t in (k, v))
-        logits = (qs * scale) @ ks.transpose(-2, -1)
-        weights = torch.softmax(logits if offsets is None else logits.add_(offsets), -1)
-        dvs = weights.transpose(-2, -1) @ dout
-        dlogits = (dout @ vs.transpose(-2, -1)).sub_(delta).mul_(weights)
-        if dbias is not None:
-            each = dlogits.sum(0)
-            if piece.pairs is None:
-                dbias += each
-            else:  # where a pair is forbidden its gradient is 0
-                dbias.flatten(1).index_add_(1, piece.pairs.clamp(min=0).flatten(), each.flatten(1))
-        for total, part, numbers in (
-            (dq, (dlogits @ ks).mul_(scale), queries),
-            (dk, dlogits.transpose(-2, -1) @ (qs * scale), keys),
-            (dv, dvs, keys),
-        ):
+        parts = [torch.empty_like(t) for t in (qs, ks, vs)]
+        count = max(1, most // (qs.shape[0] * qs.shape[2] * ks.shape[2]))
+        for some in [slice(i, i + count) for i in range(0, q.shape[2], count)]:
+            asked, given = qs[:, some] * scale, dout[:, some]
+            logits = asked @ ks[:, some].transpose(-2, -1)
+            weights = torch.softmax(logits if offsets is None else logits.add_(offsets[some]), -1)
+            parts[2][:, some] = weights.transpose(-2, -1) @ given
+            dlogits = torch.matmul(given, vs[:, some].transpose(-2, -1), out=logits)
+            dlogits.sub_(delta[:, some]).mul_(weights)
+            if dbias is not None:
+                each = dlogits.sum(0) if len(dlogits) > 1 else dlogits[0]
+                if piece.pairs is None:
+                    dbias[some] += each
+                else:  # where a pair is forbidden its gradient is 0
+                    dbias[some].flatten(1).index_add_(1, piece.pairs.clamp(min=0).flatten(), each.flatten(1))
+            parts[0][:, some] = (dlogits @ ks[:, some]).mul_(scale)
+            parts[1][:, some] = dlogits.transpose(-2, -1) @ asked
+        for total, part, numbers in zip((dq, dk, dv), parts, (queries, keys, keys), strict=True):
             total.index_add_(1, numbers.flatten(), _tokens_first(part, q.shape[0]).to(total.dtype))
 
 
