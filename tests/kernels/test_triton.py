@@ -27,14 +27,29 @@ HERE = Path(__file__).parent
 )
 def test_agrees_with_dense(interpret):
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "triton_agreement.py")]
+    done = run_tests(interpret, str(HERE / "triton_agreement.py"))
+    assert re.search(r"\d+ passed", done)
+    assert "skipped" not in done
+
+
+def test_the_golden_tensors_of_blocks_come_out_of_it():
+    pytest.importorskip("triton")
+    files = [str(HERE.parent / "models" / f"test_{name}_parity.py") for name in ("hbformer", "d_former")]
+    done = run_tests("1", *files, "-k", "triton and (block or stage)")
+    if "passed" not in done:
+        pytest.skip("the golden tensors of ../shared/parity are not beside this checkout")
+    assert "skipped" not in done
+
+
+def run_tests(interpret, *arguments):
+    """What pytest prints of these tests, all of which have to pass, with Triton's interpreter or without."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
     environment = os.environ | {"TRITON_INTERPRET": interpret, "TRITON_DEFAULT_FP_FUSION": "1", "OMP_NUM_THREADS": "1"}
     if interpret == "1":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"\d+ passed", done.stdout)
-    assert "skipped" not in done.stdout
+    return done.stdout
 
 
 # --- when it can run

@@ -189,6 +189,26 @@ def test_relative_index_is_monais(window):
     assert torch.equal(WindowGeometry.swin(window, len(window)).relative_index(), monai.relative_position_index)
 
 
+@pytest.mark.upstream
+@pytest.mark.parametrize("window", [(7, 7), (3, 5), (8, 4)])
+def test_relative_index_is_timms(window):
+    from timm.models.swin_transformer import WindowAttention
+
+    timm = WindowAttention(4, 2, window_size=window)
+    assert torch.equal(WindowGeometry.swin(window, 2).relative_index(), timm.relative_position_index)
+
+
+@pytest.mark.upstream
+@pytest.mark.parametrize(("grid", "window"), [((14, 14), 7), ((8, 16), 4), ((9, 6), 3)])
+def test_regions_forbid_what_timms_mask_forbids(grid, window):
+    from timm.models.swin_transformer import SwinTransformerBlock
+
+    shift = window // 2
+    timm = SwinTransformerBlock(4, grid, 2, window_size=window, shift_size=shift).attn_mask
+    regions = WindowGeometry.swin(window, 2, shifted=True).fit(grid).regions(grid)
+    assert torch.equal(regions[:, :, None] != regions[:, None, :], timm != 0)
+
+
 @pytest.mark.parametrize("window", [(3, 5), (4, 4, 4), (4,), ()])
 def test_a_table_for_a_smaller_window_is_refused(window):
     message = f"windows of (4, 4) need a table for at least that window, got one for {window}"

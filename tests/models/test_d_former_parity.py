@@ -16,10 +16,13 @@ from medvit.models.d_former import OFFICIAL_KEYS, DFormer, PatchHead
 from medvit.models.weights import load_weights
 
 PARITY = Path(__file__).parents[3] / "shared" / "parity"
-pytestmark = pytest.mark.skipif(
-    not (PARITY / "dformer_seg.json").is_file(),
-    reason="the golden tensors of ../shared/parity are not beside this checkout",
-)
+pytestmark = [
+    pytest.mark.usefixtures("backend"),
+    pytest.mark.skipif(
+        not (PARITY / "dformer_seg.json").is_file(),
+        reason="the golden tensors of ../shared/parity are not beside this checkout",
+    ),
+]
 
 # where medvit computes what the fixture names, and whether that is channels-last
 NETWORK = {

@@ -20,9 +20,12 @@ from medvit.models.hbformer import HBFORMER_KEYS
 from medvit.models.weights import KeyMap, load_weights
 
 PARITY = Path(__file__).parents[3] / "shared" / "parity"
-pytestmark = pytest.mark.skipif(
-    not PARITY.is_dir(), reason="the golden tensors of ../shared/parity are not beside this checkout"
-)
+pytestmark = [
+    pytest.mark.usefixtures("backend"),
+    pytest.mark.skipif(
+        not PARITY.is_dir(), reason="the golden tensors of ../shared/parity are not beside this checkout"
+    ),
+]
 
 # the paper's window stage and geometry aligner; no published weights hold them
 STAGE_KEYS = KeyMap(

@@ -46,6 +46,7 @@ def module_name(monai: str) -> str:
     return f"encoder.stages.{int(layer[6:]) - 1}.blocks.{block}"
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.skipif(not CASES, reason="the golden tensors of ../shared/parity are not beside this checkout")
 @pytest.mark.parametrize(("name", "variant"), CASES)
 def test_every_stored_tensor_is_reproduced(name: str, variant: str) -> None:
