@@ -110,16 +110,15 @@ class SwinUNETR(nn.Module):
         self._check(x)
         h = list(self.encoder(x))
         out = self.bottleneck(h.pop())
-        for up, skip in zip(self.ups, self._from_coarse_to_fine(h, x), strict=True):
-            out = up(out, skip)
+        for level, up in enumerate(self.ups):
+            out = up(out, self._skip(level, h, x))
         return convolve(self.head, out).contiguous()  # decoder maps have their channels last, users view logits flat
 
-    def _from_coarse_to_fine(self, h: list[Tensor], x: Tensor) -> Iterator[Tensor]:
-        """The skip of each level when it is needed; what is used up is dropped from ``h``."""
-        yield h.pop()
-        for block in reversed(self.skips):
-            yield block(h.pop())
-        yield self.stem(x)
+    def _skip(self, level: int, h: list[Tensor], x: Tensor) -> Tensor:
+        """The skip of a level, from coarse to fine, made when it is needed; what is used up is dropped from ``h``."""
+        if level > len(self.skips):
+            return self.stem(x)  # type: ignore[no-any-return]
+        return h.pop() if level == 0 else self.skips[-level](h.pop())
 
     def _check(self, x: Tensor) -> None:
         cell = self.encoder.strides[-1]
