@@ -171,7 +171,7 @@ class UpBlock(nn.Module):
     def _joins(self, x: Tensor, skip: Tensor) -> bool:
         """Whether making the joint kernel is little beside using it, and no map is tiny."""
         coarse, _, *scale = self.up.get_parameter("weight").shape
-        making = coarse * prod(n + 2 for n in scale)
+        making = coarse * prod([n + 2 for n in scale])  # a list: graphs are traced through here
         return 4 * making < skip[:, 0].numel() and min(*x.shape[2:], *skip.shape[2:]) > 2
 
 
