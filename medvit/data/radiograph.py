@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pydicom
 from monai.data import ImageReader
 from monai.utils import MetaKeys
 from PIL import Image
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
+from pydicom.uid import UID, ExplicitVRBigEndian
 
-from medvit.data.dicom import read_pixels
-from medvit.data.headers import Header, looks_like_dicom, read_header
+from medvit.data.headers import looks_like_dicom
+from medvit.data.lookup import read_table
+from medvit.data.pixels import Pixels, decode, quietly
 from medvit.data.raster import read_raster, sniff, upright
+from medvit.data.storage import HeaderError
 from medvit.data.volume import Source
 from medvit.errors import MedvitError, UnreadableFile, UnreadableSeries, UnsuitableImage
 
@@ -119,36 +121,42 @@ class RadiographReader(ImageReader):  # type: ignore[misc]  # MONAI ships no typ
 
 
 def _read_dicom(path: Path, voi: bool) -> Radiograph:
-    header = read_header(path)
-    _check_header(path, header)
-    ds, stored, values = read_pixels(path, header.matrix[:2])
+    pixels = decode(path)
+    modality = _text(pixels.ds, "Modality").upper()
+    _check(path, pixels, modality)
+    stored, values = pixels.frame(0), pixels.rescaled(0)
     try:
-        shown, contrast = _displayed(path, ds, stored, values, voi)
+        with quietly():
+            shown, contrast = _displayed(path, pixels, stored, values, voi)
     except MedvitError:
         raise
-    except Exception as error:  # a corrupt element can raise nearly anything from inside pydicom
-        detail = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise UnreadableFile(path, f"what says how to display it is damaged ({detail}); try voi=False") from error
-    source = Source("dicom", (path,), header.modality, header.study_uid, header.series_uid, path.stem)
-    return Radiograph(shown.T.astype(np.float32), source, contrast)
+    except Exception as error:  # a corrupt element can raise nearly anything, and its text may quote the header
+        reason = f"what says how to display it is damaged ({type(error).__name__}); try voi=False"
+        raise UnreadableFile(path, reason) from error
+    study, series = (_text(pixels.ds, keyword) for keyword in ("StudyInstanceUID", "SeriesInstanceUID"))
+    return Radiograph(
+        shown.T.astype(np.float32), Source("dicom", (path,), modality, study, series, path.stem), contrast
+    )
 
 
-def _check_header(path: Path, header: Header) -> None:
-    if header.sop_class not in _SOP_CLASSES and header.modality not in _MODALITIES:
+def _check(path: Path, pixels: Pixels, modality: str) -> None:
+    sop_class = UID(_text(pixels.ds, "SOPClassUID"))
+    if sop_class not in _SOP_CLASSES and modality not in _MODALITIES:
         raise UnsuitableImage(
             f"{path}: a projection radiograph is needed ({', '.join(_MODALITIES)}), but this is "
-            f"{pydicom.uid.UID(header.sop_class).name or 'of no known kind'} of modality {header.modality or 'unknown'}"
+            f"{sop_class.name or 'of no known kind'} of modality {modality or 'unknown'}"
         )
-    if 0 in header.matrix[:2]:
-        raise UnreadableFile(path, f"an image needs Rows and Columns of at least 1, got {header.matrix[:2]}")
-    # its place in the patient is not needed
-    if header.defect is not None and header.defect[0] != "no-geometry":
-        raise UnreadableSeries(path, *header.defect)
+    if len(pixels.shape) == 4:
+        kind = f"this is a colour image ({_text(pixels.ds, 'PhotometricInterpretation')})"
+        raise UnreadableSeries(path, "colour", f"grey values are needed, but {kind}")
+    if pixels.shape[0] > 1:
+        reason = f"a multi-frame object of {pixels.shape[0]} frames; convert it to single-frame files first"
+        raise UnreadableSeries(path, "multi-frame", reason)
 
 
-def _displayed(path: Path, ds: Dataset, stored: np.ndarray, values: np.ndarray, voi: bool) -> tuple[np.ndarray, str]:
+def _displayed(path: Path, pixels: Pixels, stored: np.ndarray, values: np.ndarray, voi: bool) -> tuple[np.ndarray, str]:
     """Rescaled values (row, column) to [0, 1] as displayed, and by what contrast."""
-    padding, values = _padding(ds, stored), np.asarray(values, dtype=np.float64)
+    ds, padding = pixels.ds, _padding(pixels, stored)
     if voi and ds.get("VOILUTSequence"):
         shown, contrast = _looked_up(path, ds, values), "lut"
     elif voi and _first(ds, "WindowCenter") is not None and _first(ds, "WindowWidth") is not None:
@@ -166,13 +174,12 @@ def _displayed(path: Path, ds: Dataset, stored: np.ndarray, values: np.ndarray, 
     return np.where(padding, 0.0, shown), contrast
 
 
-def _padding(ds: Dataset, stored: np.ndarray) -> np.ndarray:
+def _padding(pixels: Pixels, stored: np.ndarray) -> np.ndarray:
     """True where there is no image: PixelPaddingValue, or the range from there to PixelPaddingRangeLimit."""
-    value = _first(ds, "PixelPaddingValue")
-    if value is None:
+    if pixels.padding is None:
         return np.zeros(stored.shape, dtype=bool)
-    limit = _first(ds, "PixelPaddingRangeLimit")
-    low, high = sorted((value, value if limit is None else limit))
+    limit = pixels.stored_value("PixelPaddingRangeLimit")
+    low, high = sorted((pixels.padding, pixels.padding if limit is None else limit))
     return (stored >= low) & (stored <= high)
 
 
@@ -198,28 +205,22 @@ def _windowed(path: Path, ds: Dataset, values: np.ndarray) -> np.ndarray:
 def _looked_up(path: Path, ds: Dataset, values: np.ndarray) -> np.ndarray:
     """Values to [0, 1], the least and greatest entry, through the first VOI LUT (PS3.3 C.11.2.1.1).
 
-    Not to 0 and 2 ** bits - 1: tables of 12 bits are declared as 16. Not by ``pydicom.pixels.apply_voi_lut``, which
-    takes indices modulo 256 into tables of 8-bit entries.
+    Not to 0 and 2 ** bits - 1: tables of 12 bits are declared as 16.
     """
-    item = ds.VOILUTSequence[0]
-    entries, first = (int(n) for n in item.LUTDescriptor[:2])
-    entries = entries or 1 << 16
-    data = item.LUTData
-    if isinstance(data, bytes):
-        little = ds.original_encoding[1]
-        # entries of 8 bits may be stored in a byte each
-        table = np.frombuffer(data, np.uint8 if len(data) < 2 * entries else "<u2" if little else ">u2")
-    else:
-        table = np.asarray(data, dtype=np.uint16).reshape(-1)
-    table = table[:entries].astype(np.float64)
-    if len(table) < entries or table.min() == table.max():
-        raise UnreadableFile(
-            path,
-            f"its VOI LUT promises {entries} entries, but has {len(np.unique(table))} different values; try voi=False",
-        )
-    index = np.clip(np.rint(values) - first, 0, entries - 1).astype(np.intp)
-    shown: np.ndarray = ((table - table.min()) / (table.max() - table.min()))[index]
-    return shown
+    item, little = ds.VOILUTSequence[0], ds.file_meta.TransferSyntaxUID != ExplicitVRBigEndian
+    try:
+        table = read_table(item.LUTDescriptor, item.LUTData, signed=bool(values.min() < 0), little=little)
+    except HeaderError as error:
+        raise UnreadableFile(path, f"its VOI LUT {error}; try voi=False") from error
+    low, high = float(table.entries.min()), float(table.entries.max())
+    if low == high:
+        raise UnreadableFile(path, f"its VOI LUT turns every value into {low:g}; try voi=False")
+    return (table(values).astype(np.float64) - low) / (high - low)
+
+
+def _text(ds: Dataset, keyword: str) -> str:
+    value = ds.get(keyword)
+    return "" if value is None else str(value).strip()
 
 
 def _first(ds: Dataset, keyword: str) -> float | None:
