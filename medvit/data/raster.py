@@ -29,6 +29,8 @@ _GREY = dict.fromkeys(("1", "L", "LA", "I;16", "I;16L", "I;16B"), 1)
 _COLOUR = dict.fromkeys(("RGB", "RGBA", "P", "PA"), 3)
 _ALPHA = {"LA": "LA", "RGBA": "RGBA", "PA": "RGBA"}
 
+_FULL_BITS = 15  # of 16; fewer are those of a detector
+
 # EXIF tag 274: which way (column, row) as stored run in the upright picture, x to the right and y downwards.
 EXIF_ORIENTATION = 274
 _TURNS = {
@@ -104,6 +106,8 @@ def read_raster(path: str | Path, name: str = "") -> Volume:
             reason = "its EXIF orientation stands behind its pixels, where few programs look; save it again, upright"
             raise UnreadableFile(path, reason)
         pixels, notes = _pixels(image, path)
+    if pixels.dtype != np.uint8 and (bits := int(pixels.max()).bit_length()) < _FULL_BITS:
+        notes += (f"its 16-bit values use {bits} bits, up to {pixels.max()}: dark where 65535 counts as white",)
     columns_first = pixels.swapaxes(0, 1)
     if image.format == "TIFF":  # pillow has turned it already
         columns_first = _as_stored(columns_first, header.space)
@@ -158,8 +162,9 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _checked(image: Any, path: Path) -> RasterHeader:
     tags = image.tag_v2 if image.format == "TIFF" else {}
+    frames = getattr(image, "n_frames", 1)
     # a reduced picture, or pictures inside a picture: a camera's raw file or a pyramid, whose first is a thumbnail
-    if getattr(image, "n_frames", 1) > 1 or _TIFF_SUBIFDS in tags or tags.get(_TIFF_SUBFILE, 0) & 1:
+    if (frames > 1 and image.format != "MPO") or _TIFF_SUBIFDS in tags or tags.get(_TIFF_SUBFILE, 0) & 1:
         reason = "one picture is needed, but the file holds several; save the one you mean as its own file"
         raise UnreadableSeries(path, "multi-frame", reason)
     width, height = (tags[_TIFF_WIDTH], tags[_TIFF_HEIGHT]) if tags else image.size  # pillow's size is the upright one
@@ -167,6 +172,8 @@ def _checked(image: Any, path: Path) -> RasterHeader:
     notes: tuple[str, ...] = ()
     if turn != 1:
         notes = (f"its EXIF orientation is {turn}; it was turned upright, results lie on its pixels as stored",)
+    if image.format == "MPO":
+        notes += (f"a camera's file of {frames} pictures; the first, which viewers show, was read",)
     space = Space.from_affine((width, height, 1), _affine(turn, width, height), unit="px")
     return RasterHeader(space, _channels(image, path), notes)
 
@@ -249,9 +256,7 @@ def _require_whole(path: Path) -> None:
     with _opened(path) as image:
         if image.format == "PNG":
             image.verify()
-        elif image.format != "JPEG":
-            return
-    if image.format == "JPEG":
+    if image.format in ("JPEG", "MPO"):
         data = path.read_bytes()
         if data.find(b"\xff\xd9", _first_scan(data)) < 0:
             raise UnreadableFile(path, "the file is cut short: its end-of-image marker is missing; get it again")

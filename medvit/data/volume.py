@@ -16,10 +16,14 @@ class Source:
 
     Args:
         kind: ``"dicom"``, ``"nifti"``, ``"raster"`` (a photograph) or another reader's name.
-        files: every file the volume was made of, in slice order for DICOM.
+        files: every file the volume was made of; for DICOM the file of each slice, in slice order, so that a file of
+            many frames is there many times.
         modality: DICOM Modality (``"MR"``, ``"CT"``, ...); ``""`` where the format does not say.
         study_uid, series_uid: DICOM UIDs; ``""`` where there are none.
         name: stem for outputs, without extension; made of folder and file names, never of tags that identify a patient.
+        frames: for DICOM the number of each slice's frame in its file, from 0 (empty: the first of each); for a NIfTI
+            file of several volumes the number of this one.
+        mosaic: these are numbers of tiles, since each file holds one image with all slices side by side.
     """
 
     kind: str
@@ -28,6 +32,8 @@ class Source:
     study_uid: str = ""
     series_uid: str = ""
     name: str = ""
+    frames: tuple[int, ...] = ()
+    mosaic: bool = False
 
 
 @dataclass(frozen=True)

@@ -307,13 +307,39 @@ def test_several_pictures_in_one_file(tmp_path):
     first, second = (Image.fromarray(colours(seed=n)) for n in (0, 1))
     first.save(tmp_path / "pages.tif", save_all=True, append_images=[second])
     first.save(tmp_path / "animated.png", save_all=True, append_images=[second])
-    first.save(tmp_path / "stereo.jpg", format="MPO", save_all=True, append_images=[second])
     first.save(tmp_path / "thumbnail.tif", tiffinfo={254: 1})
     for path in sorted(tmp_path.iterdir()):
         for read in (read_raster_header, read_raster):
             with pytest.raises(UnreadableSeries, match="one picture is needed, but the file holds several") as caught:
                 read(path)
             assert code_of(caught) == "multi-frame"
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_of_a_cameras_mpo_file_the_first_picture_is_read(tmp_path, orientation):
+    first, second = (Image.fromarray(colours(150, 100, seed=n)) for n in (0, 1))
+    path, exif = tmp_path / "a.jpg", Image.Exif()
+    exif[274] = orientation
+    first.save(path, format="MPO", save_all=True, append_images=[second], exif=exif)
+    volume = read_raster(path)
+    with Image.open(path) as shown:
+        np.testing.assert_array_equal(volume.array, as_volume(np.asarray(shown)))
+    assert volume.notes[-1] == "a camera's file of 2 pictures; the first, which viewers show, was read"
+    assert read_raster_header(path).notes == volume.notes and len(volume.notes) == 1 + (orientation > 1)
+    assert exif_orientation(volume.space) == orientation
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 3])
+    with pytest.raises(UnreadableFile, match="get it again"):
+        read_raster(path)
+
+
+@pytest.mark.parametrize(("most", "bits"), [(4095, 12), (1023, 10), (65535, None), (20000, None)])
+def test_values_of_a_detector_in_16_bits_are_noted(tmp_path, most, bits):
+    pixels = np.array([[0, 1, 255], [256, 300, most]], np.uint16)
+    volume = read_raster(write_picture(tmp_path / "a.png", pixels))
+    np.testing.assert_array_equal(volume.array, as_volume(pixels))
+    note = f"its 16-bit values use {bits} bits, up to {most}: dark where 65535 counts as white"
+    assert volume.notes == (() if bits is None else (note,))
 
 
 def test_a_picture_too_large_is_refused_by_its_header(tmp_path, monkeypatch):

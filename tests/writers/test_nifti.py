@@ -6,12 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from nibabel.testing import data_path
+from photographs_synthetic import colours, write_picture
+from PIL import Image, ImageOps
 
 from medvit.data.labels import Code, LabelMap, Structure
+from medvit.data.nifti import read_nifti, read_nifti_header
+from medvit.data.raster import read_raster
 from medvit.data.space import Space
 from medvit.data.volume import Source, Volume
-from medvit.errors import OutputError, UnreadableFile
-from medvit.writers.nifti import NiftiLabelWriter, _lossless_type, write_volume
+from medvit.errors import OutputError, SpaceMismatch, UnreadableFile
+from medvit.writers.nifti import NiftiLabelWriter, _lossless_type, write_series, write_volume
 
 SHAPE = (5, 4, 3)
 LABELS = np.random.default_rng(0).integers(0, 3, SHAPE).astype(np.uint8)
@@ -104,7 +108,7 @@ def test_a_space_that_is_not_the_files_wins(tmp_path):
 
 def test_a_source_that_is_gone_is_named(tmp_path):
     source = Source("nifti", (tmp_path / "gone.nii",))
-    with pytest.raises(UnreadableFile, match=r"gone\.nii: the source header is needed"):
+    with pytest.raises(UnreadableFile, match=r"gone\.nii: cannot be opened: No such file"):
         NiftiLabelWriter().write(_label_map(Space.from_affine(SHAPE, np.eye(4)), source), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -167,3 +171,104 @@ def test_more_voxels_than_nifti1_can_count(tmp_path):
     image = nibabel.load(NiftiLabelWriter().write(label_map, tmp_path / "long"))
     assert isinstance(image, nibabel.Nifti2Image)
     assert image.shape == (40000, 1, 1)
+
+
+# ---- series, colours, images without a place
+
+
+def image_of(array, affine=None, unit="mm", **source):
+    affine = make_affine("oblique") if affine is None else affine
+    return Volume(array, Space.from_affine(array.shape[:3], affine, unit=unit), Source("dicom", (), **source))
+
+
+@pytest.mark.parametrize("step", [None, 1.75])
+def test_a_series_is_one_file_with_its_time_step(tmp_path, step):
+    arrays = [np.random.default_rng(n).integers(0, 40000, SHAPE).astype(np.float32) for n in range(4)]
+    arrays[2][0, 0, 0] = -9
+    path = write_series([image_of(array) for array in arrays], tmp_path / "x.nii.gz", time_step=step)
+    image = nibabel.load(path)
+    np.testing.assert_array_equal(image.get_fdata(dtype=np.float32), np.stack(arrays, -1))
+    assert image.get_data_dtype() == np.int32  # uint16 for three of them, not for the third
+    np.testing.assert_allclose(image.affine, make_affine("oblique"), atol=1e-5)
+    assert image.header["pixdim"][4] == (step or 1)
+    assert image.header.get_xyzt_units() == ("mm", "sec" if step else "unknown")
+    assert [read_nifti(path, index=n).array.max() for n in range(4)] == [array.max() for array in arrays]
+    assert read_nifti_header(path).time_step == step
+
+
+def test_fractions_in_one_volume_make_all_of_a_series_float32(tmp_path):
+    arrays = [np.full(SHAPE, value, np.float32) for value in (2**24 - 1, 0.1)]
+    image = nibabel.load(write_series([image_of(array) for array in arrays], tmp_path / "x.nii"))
+    assert image.get_data_dtype() == np.float32
+    np.testing.assert_array_equal(image.get_fdata(dtype=np.float32), np.stack(arrays, -1))
+
+
+def test_scaled_values_are_kept_bit_for_bit(tmp_path):
+    array = (np.random.default_rng(0).integers(0, 4096, SHAPE) * 0.0037 - 1.1).astype(np.float32)
+    path = write_volume(image_of(array), tmp_path / "x.nii.gz")
+    assert nibabel.load(path).get_fdata(dtype=np.float32).tobytes() == np.asfortranarray(array).tobytes()
+
+
+def test_a_series_needs_one_grid(tmp_path):
+    moved = make_affine("oblique")
+    moved[0, 3] += 1
+    volumes = [image_of(np.zeros(SHAPE, np.float32), affine) for affine in (None, None, moved)]
+    with pytest.raises(SpaceMismatch, match=r"volumes 0 and 2 of a series .* corners are 1 mm apart"):
+        write_series(volumes, tmp_path / "x.nii")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_series_of_a_nifti_source_keeps_its_fields(tmp_path):
+    array = np.random.default_rng(0).integers(0, 9, (*SHAPE, 2)).astype(np.int16)
+    source = write_nifti(tmp_path / "in.nii", array, make_affine("oblique"), qform_code=2, xyzt_units=2 + 8)
+    known = read_nifti_header(source)
+    path = write_series(
+        [read_nifti(source, index=n) for n in range(2)], tmp_path / "out.nii", time_step=known.time_step
+    )
+    old, new = nibabel.load(source), nibabel.load(path)
+    np.testing.assert_array_equal(new.dataobj, old.dataobj)
+    assert new.header["qform_code"] == 2
+    for field in ("srow_x", "quatern_b", "pixdim", "xyzt_units"):
+        np.testing.assert_array_equal(new.header[field], old.header[field], err_msg=field)
+
+
+def test_colours_become_rgb24(tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, (*SHAPE, 3)).astype(np.float32)
+    image = nibabel.load(write_volume(image_of(array), tmp_path / "x.nii.gz"))
+    assert image.get_data_dtype() == np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
+    voxels = np.asarray(image.dataobj)
+    np.testing.assert_array_equal(np.stack([voxels[channel] for channel in "RGB"], -1), array)
+    np.testing.assert_allclose(image.affine, make_affine("oblique"), atol=1e-5)
+    for value in (-1, 256, 0.5, np.nan):
+        array[0, 0, 0, 0] = value
+        with pytest.raises(OutputError, match=r"colours must be whole numbers of 0 to 255, got values from"):
+            write_volume(image_of(array), tmp_path / "bad.nii")
+    with pytest.raises(OutputError, match=r"three channels, got an array of shape \(5, 4, 3, 2\)"):
+        write_volume(image_of(array[..., :2]), tmp_path / "bad.nii")
+    array[0, 0, 0, 0] = 0
+    with pytest.raises(OutputError, match="a series of 2 colour images fits no NIfTI file"):
+        write_series([image_of(array)] * 2, tmp_path / "bad.nii")
+    assert not (tmp_path / "bad.nii").exists()
+
+
+def test_an_image_without_a_place_states_its_spacing_only(tmp_path):
+    array = np.random.default_rng(0).integers(0, 4096, (6, 5, 1)).astype(np.float32)
+    path = write_volume(image_of(array, np.diag([0.139, 0.14, 1, 1])), tmp_path / "x.nii", placed=False)
+    header = nibabel.load(path).header
+    assert (header["sform_code"], header["qform_code"], header.get_xyzt_units()[0]) == (0, 0, "mm")
+    np.testing.assert_allclose(header["pixdim"][1:4], [0.139, 0.14, 1])
+    np.testing.assert_array_equal(nibabel.load(path).dataobj, array)
+    assert read_nifti_header(path).notes == ("its orientation is unknown: neither sform nor qform is set",)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_photograph_is_written_upright_and_without_millimetres(tmp_path, orientation):
+    picture = write_picture(tmp_path / "a.jpg", colours(24, 16), orientation)
+    image = nibabel.load(write_volume(read_raster(picture), tmp_path / "a.nii.gz"))
+    shown = np.asarray(ImageOps.exif_transpose(Image.open(picture)))
+    voxels = np.asarray(image.dataobj)
+    np.testing.assert_array_equal(np.stack([voxels[channel][..., 0].T for channel in "RGB"], -1), shown)
+    assert image.shape == ((24, 16, 1) if orientation == 1 else (16, 24, 1))
+    header = image.header
+    assert (header["sform_code"], header["qform_code"], header.get_xyzt_units()[0]) == (0, 0, "unknown")
+    np.testing.assert_array_equal(header["pixdim"][1:4], [1, 1, 1])
