@@ -18,6 +18,7 @@ from medvit.errors import MedvitError, NothingFound, OutputError
 from medvit.terminal import console, emit, errors, progress, quiet, say, table
 
 if TYPE_CHECKING:
+    from medvit.data.regrid import Repairs
     from medvit.data.study import Inventory, Series
     from medvit.inference.batch import FolderRunner
 
@@ -39,6 +40,26 @@ class Format(StrEnum):
     dicom_seg = "dicom-seg"
     png = "png"
     overlay = "overlay"
+    dicom_seg_labelmap = "dicom-seg-labelmap"
+    rtstruct = "rtstruct"
+    secondary_capture = "secondary-capture"
+    report = "report"
+
+
+class Tilt(StrEnum):
+    """What becomes of slices sheared by gantry tilt."""
+
+    keep = "keep"
+    resample = "resample"
+    refuse = "refuse"
+
+
+class Uneven(StrEnum):
+    """What becomes of slices at uneven distances."""
+
+    refuse = "refuse"
+    resample = "resample"
+    apart = "split"  # a name that str does not have
 
 
 Inputs = Annotated[list[Path], typer.Argument(help="DICOM, NIfTI or photographs, or folders searched to any depth.")]
@@ -136,7 +157,7 @@ def inspect(
         else:
             table(
                 ("image", "kind", "modality", "shape", "spacing mm", "axes", "files"),
-                [(s.name, s.kind, s.modality or "-", *_grid(s), len(s.files)) for s in usable],
+                [(s.name, s.kind, s.modality or "-", *_grid(s), len(s.origins)) for s in usable],
             )
             table(
                 ("cannot be used", "code", "why"),
@@ -157,20 +178,27 @@ def convert(
     output: Output,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON line per series on standard output.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
+    four_d: Annotated[bool, typer.Option("--4d", help="One 4D file for the volumes of a series.")] = False,
+    tilt: Annotated[Tilt, typer.Option(help="Gantry tilt: a sheared grid, an upright one, or none.")] = Tilt.keep,
+    uneven: Annotated[Uneven, typer.Option(help="Slices at uneven distances, or with gaps.")] = Uneven.refuse,
 ) -> None:
     """Write every usable image of INPUTS as NIfTI, one file per volume, in its own voxel grid.
 
-    A series whose geometry cannot be proven is rejected with a reason; the others are written all the same.
+    Time points, echoes and diffusion weightings of one series become volumes of their own, in order of acquisition.
+    Projections and captures become 2D images without a place in the patient. A series whose geometry cannot be proven
+    is rejected with a reason; the others are written all the same. Exit status 1 if anything was rejected.
 
     Example: `medvit convert study/ --output nifti/`
     """
+    from medvit.data.regrid import Repairs
     from medvit.writers.convert import convert as convert_inventory
 
     with errors():
-        inventory = _discover(inputs, exclude=output)
+        inventory = _discover(inputs, exclude=output, repairs=Repairs(tilt.value, uneven.value))
         records = []
         total = len(inventory.series) + len(inventory.set_aside)
-        for record in progress(convert_inventory(inventory, output, overwrite=overwrite), "series", total, "series"):
+        records_of = convert_inventory(inventory, output, overwrite=overwrite, four_d=four_d)
+        for record in progress(records_of, "series", total, "series"):
             records.append(record)
             if as_json:
                 emit(record)
@@ -183,8 +211,9 @@ def convert(
         written = sum(r["output"] is not None for r in records)
         failed = sum(r["status"] == "rejected" for r in records)
         say(f"{written} written, {failed} rejected, {len(records) - written - failed} set aside")
-        _require_images(inventory, inputs)
-    raise typer.Exit(1 if failed or not written else 0)
+        if not records:
+            _require_images(inventory, inputs)
+    raise typer.Exit(1 if failed else 0)
 
 
 @app.command()
@@ -247,15 +276,18 @@ def _runner(bundle: str, output: Path, overrides: dict[str, Any]) -> FolderRunne
         raise
 
 
-def _discover(inputs: Sequence[Path], exclude: Path | None = None) -> Inventory:
+def _discover(inputs: Sequence[Path], exclude: Path | None = None, repairs: Repairs | None = None) -> Inventory:
+    from medvit.data.regrid import AS_IT_IS
     from medvit.data.study import discover
+
+    options: dict[str, Any] = {"exclude": exclude, "repairs": repairs or AS_IT_IS, "unpack": True}
 
     screen = console()
     with quiet():
         if not screen.is_terminal:
-            return discover(inputs, exclude=exclude)
+            return discover(inputs, **options)
         with screen.status("reading headers") as status:
-            return discover(inputs, exclude=exclude, progress=lambda n: status.update(f"reading headers: {n} files"))
+            return discover(inputs, **options, progress=lambda n: status.update(f"reading headers: {n} files"))
 
 
 def _require_images(inventory: Inventory, inputs: Sequence[Path]) -> None:
@@ -266,19 +298,16 @@ def _require_images(inventory: Inventory, inputs: Sequence[Path]) -> None:
 
 def _inventory_lines(inventory: Inventory) -> Iterator[dict[str, Any]]:
     """What ``convert`` would say of each series and file, as far as headers tell; the same keys but ``output``."""
+    from medvit.writers.convert import about
+
     for series in inventory.series:
-        space, problem = series.space, series.problem
+        problem = series.problem
         yield {
             "status": "rejected" if problem else "warning" if series.notes else "ok",
             "code": problem.code if problem else "notes" if series.notes else None,
-            "reason": str(problem) if problem else " ".join(series.notes) or None,
-            "series": series.name,
-            "files": [str(f) for f in series.files],
-            "modality": series.modality,
-            "shape": list(space.shape) if space else None,
-            "spacing": [round(step, 6) for step in space.spacing] if space and space.unit == "mm" else None,
-            "orientation": (space.orientation or None) if space else None,
-            **({"channels": series.channels} if series.kind == "raster" else {}),
+            "reason": str(problem) if problem else "; ".join(series.notes) or None,
+            **dict.fromkeys(("shape", "spacing", "orientation")),
+            **about(series),
         }
     for aside in inventory.set_aside:
         unknown = dict.fromkeys(("series", "modality", "shape", "spacing", "orientation"))

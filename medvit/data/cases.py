@@ -11,10 +11,10 @@ from typing import Any
 from medvit.data.study import Inventory, Series, discover, is_folder
 from medvit.errors import NothingFound
 
-VOLUMES = ("dicom", "nifti")
+VOLUMES = ("dicom", "nifti", "itk")
 # photographs of formats that are not read: among photographs they are lost cases, not litter
 _OTHER_PHOTOGRAPHS = {".avif", ".gif", ".heic", ".heif", ".webp"}
-_KINDS = {"dicom": "DICOM series", "nifti": "NIfTI file", "raster": "photograph"}
+_KINDS = {"dicom": "DICOM series", "nifti": "NIfTI file", "itk": "MetaImage or NRRD file", "raster": "photograph"}
 _log = logging.getLogger("medvit")
 
 
@@ -25,7 +25,7 @@ def list_cases(
     exclude: str | Path | None = None,
     kinds: Sequence[str] = VOLUMES,
 ) -> list[dict[str, Any]]:
-    """Every candidate image below ``dataset_dir``, one dictionary each, sorted by name.
+    """Every candidate image below ``dataset_dir``, one dictionary each, by name; of a 4D series the first volume.
 
     Candidates that cannot be used, unreadable files among them, are listed too: loading them raises the reason, so that
     it counts as a failed case. What is left out (files that are no images, scouts, results of earlier runs, other
@@ -37,8 +37,8 @@ def list_cases(
             always taken.
         key: of the image in each dictionary.
         exclude: a folder that is not entered: give the output folder, lest results of an earlier run become inputs.
-        kinds: what to take: some of ``"dicom"``, ``"nifti"`` and ``"raster"`` (photographs). Volumes and photographs
-            are never mixed unless asked for: no network takes both by mistake.
+        kinds: what to take: some of ``"dicom"``, ``"nifti"``, ``"itk"`` and ``"raster"`` (photographs). Volumes and
+            photographs are never mixed unless asked for: no network takes both by mistake.
 
     Returns:
         ``[{key: path or list of paths (str), "case": name, "notes": what a person should know (list of str)}, ...]``.
@@ -52,13 +52,17 @@ def list_cases(
         raise ValueError(f"kinds must be some of {', '.join(_KINDS)}, got {list(kinds)}")
     inventory = discover(dataset_dir, exclude=exclude)
     wanted = {modality.upper() for modality in modalities}
-    chosen = [one for one in inventory.series if _is_kind(one, kinds) and _is_wanted(one, wanted)]
+    firsts = [one for one in inventory.series if one.volume == 0]
+    chosen = [one for one in firsts if _is_kind(one, kinds) and _is_wanted(one, wanted)]
     if not chosen:
         raise NothingFound(_nothing(dataset_dir, kinds, sorted(wanted), inventory))
     for aside in inventory.set_aside:
         lost = "raster" in kinds and aside.path.suffix.lower() in _OTHER_PHOTOGRAPHS
         level = logging.WARNING if lost else logging.INFO
         _log.log(level, "%s: set aside (%s): %s", aside.path, aside.code, aside.reason)
+    for one in chosen:
+        if one.volumes > 1:
+            _log.info("%s: the first of %d volumes is taken", one.name, one.volumes)
     return [{key: _files(one), "case": one.name, "notes": list(one.notes)} for one in chosen]
 
 
@@ -82,7 +86,7 @@ def _is_wanted(one: Series, wanted: set[str]) -> bool:
 
 
 def _files(one: Series) -> str | list[str]:
-    return str(one.files[0]) if one.kind != "dicom" else [str(file) for file in one.files]
+    return str(one.files[0]) if one.kind != "dicom" else [str(file) for file in dict.fromkeys(one.files)]
 
 
 def _nothing(dataset_dir: object, kinds: Sequence[str], wanted: list[str], inventory: Inventory) -> str:

@@ -1,7 +1,7 @@
-"""DICOM: files to series, one series to a volume.
+"""DICOM: files to series, a series to volumes, a volume to voxels.
 
-Pixels come from pydicom; grouping and geometry are ours, because readers that assume one regular stack per series
-return silently wrong volumes on real folders.
+Grouping and geometry are ours, because readers that assume one regular stack per series return silently wrong volumes
+on real folders.
 """
 
 from __future__ import annotations
@@ -9,127 +9,357 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pydicom
-from pydicom.dataset import Dataset
-from pydicom.pixels.decoders.base import get_decoder
-from pydicom.pixels.processing import apply_modality_lut
-from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from medvit.data.headers import Header, NotAnImage, number_of, read_header
-from medvit.data.slices import arrange
-from medvit.data.space import Space
+from medvit.data.frames import Frame, Label
+from medvit.data.headers import Header, NotAnImage, read_header
+from medvit.data.pixels import Pixels, decode
+from medvit.data.regrid import AS_IT_IS, Repairs, between, even_heights, straighten
+from medvit.data.slices import Plane, Stack, arrange
+from medvit.data.space import LPS_TO_RAS, Space
 from medvit.data.volume import Source, Volume
+from medvit.data.volumes import Part, by_kind, places, separate
 from medvit.errors import MedvitError, UnreadableFile, UnreadableSeries
 
-# GDCM can abort the interpreter on a corrupt JPEG 2000 stream, so the decoders that may run are named, best first.
-_PLUGINS = {"1.2.840.10008.1.2.4.9": ("pylibjpeg", "pillow"), "1.2.840.10008.1.2.4.20": ("pylibjpeg",)}
-_PACKAGES = {
-    "1.2.840.10008.1.2.4.5": "pylibjpeg-libjpeg or python-gdcm",
-    "1.2.840.10008.1.2.4.7": "pylibjpeg-libjpeg or python-gdcm",
-    "1.2.840.10008.1.2.4.8": "pyjpegls",
-    "1.2.840.10008.1.2.4.9": "pylibjpeg and pylibjpeg-openjpeg",
-    "1.2.840.10008.1.2.4.20": "pylibjpeg and pylibjpeg-openjpeg",
-}
+Image = tuple[Header, Frame]
+_NETWORK = Repairs(tilt="refuse")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Images of one series that may form volumes together, and broken files that may have been slices of them."""
+
+    images: tuple[Image, ...]
+    broken: tuple[Header, ...] = ()
+
+    @property
+    def first(self) -> Header:
+        """A header that stands for all of them."""
+        return self.images[0][0] if self.images else self.broken[0]
+
+    @property
+    def headers(self) -> tuple[Header, ...]:
+        """Of each file once, the broken ones last."""
+        return tuple({header.path: header for header in (*(h for h, _ in self.images), *self.broken)}.values())
 
 
 @dataclass(frozen=True)
 class Assembly:
-    """One series put together from headers: files in slice order and their grid, or the problem that prevents it."""
+    """One volume put together from headers, or the problem that prevents it.
+
+    Args:
+        files: of each slice, in slice order; where there is a problem, of all that may belong to it.
+        frames: of each slice, its number in its file.
+        mosaic: these are tiles.
+        space: its grid, before any resampling.
+        problem: why there is none.
+        notes: what a person should know.
+        parameters: what tells the volume from others of its series, see :class:`medvit.data.volumes.Part`.
+        flat: images that have no place in the patient and need none.
+        colour: three values per voxel.
+        heights: of slices at uneven distances that are to be resampled, mm.
+        upright: False for sheared slices that are to be resampled.
+    """
 
     files: tuple[Path, ...]
+    frames: tuple[int, ...] = ()
+    mosaic: bool = False
     space: Space | None = None
     problem: MedvitError | None = None
     notes: tuple[str, ...] = ()
+    parameters: dict[str, Label] = field(default_factory=dict)
+    flat: bool = False
+    colour: bool = False
+    heights: tuple[float, ...] = ()
+    upright: bool = True
+
+    def load(self, source: Source) -> Volume:
+        """Read the voxels; ``source`` is completed with files and frames.
+
+        Raises:
+            MedvitError: the problem, if there is one.
+            UnreadableFile: pixels that cannot be decoded.
+        """
+        if self.problem is not None or self.space is None:
+            raise self.problem or AssertionError("an assembly has a space or a problem")
+        columns, rows = self.space.shape[:2]
+        array = np.empty((len(self.files), rows, columns, *((3,) if self.colour else ())), dtype=np.float32)
+        for k, image in self._images((rows, columns)):
+            array[k] = image
+        array = array.transpose(2, 1, 0, *range(3, array.ndim))
+        notes = self.notes
+        if self.heights:
+            array = between(array, self.heights)
+        source = replace(source, files=self.files, frames=self.frames, mosaic=self.mosaic)
+        volume = Volume(array, self.space, source, notes)
+        return volume if self.upright else straighten(volume)
+
+    def _images(self, shape: tuple[int, int]) -> Iterator[tuple[int, np.ndarray]]:
+        """Slices with their numbers, one file after the other, so that one is open at a time."""
+        numbers: dict[Path, list[int]] = defaultdict(list)
+        for k, file in enumerate(self.files):
+            numbers[file].append(k)
+        for file, some in numbers.items():
+            pixels = decode(file)
+            for k in some:
+                image = self._image(pixels, self.frames[k], shape)
+                if image.shape[:2] != shape or (image.ndim == 3) != self.colour:
+                    raise UnreadableFile(
+                        file, f"its pixels decode to shape {image.shape}, but its header and series need {shape}"
+                    )
+                yield k, image
+
+    def _image(self, pixels: Pixels, number: int, shape: tuple[int, int]) -> np.ndarray:
+        if not self.mosaic:
+            return pixels.rescaled(number)
+        whole = pixels.rescaled(0)
+        row, column = divmod(number, whole.shape[1] // shape[1])
+        return whole[row * shape[0] : (row + 1) * shape[0], column * shape[1] : (column + 1) * shape[1]]
 
 
-def group_series(headers: Iterable[Header]) -> list[list[Header]]:
-    """Files that may form one volume together, each group sorted by path; the groups sorted by their first file.
+def group_series(headers: Iterable[Header]) -> list[Group]:
+    """Images that may form volumes together, sorted by their first file.
 
     Grouped by study and series UID, then split by matrix, frame of reference, kind of image, orientation and pixel
     spacing, so that scouts do not mix with the series they were made for. A broken file joins the largest group of its
-    series: a slice that is lost must be seen.
+    series: a slice that is lost must be seen. Flat images are groups of their own.
     """
     by_uid: dict[tuple[str, str], list[Header]] = defaultdict(list)
     for header in sorted(headers, key=lambda h: h.path):
         by_uid[header.study_uid, header.series_uid or f"folder {header.path.parent}"].append(header)
-    groups: list[list[Header]] = []
+    groups: list[Group] = []
     for members in by_uid.values():
         groups += _split(members)
-    return sorted(groups, key=lambda group: group[0].path)
+    return sorted(groups, key=lambda group: group.headers[0].path)
 
 
-def _split(members: Sequence[Header]) -> list[list[Header]]:
+def _split(members: Sequence[Header]) -> list[Group]:
     """Split one series UID by what slices of one volume must share."""
-    alike: dict[Any, list[list[Header]]] = defaultdict(list)
-    loose: list[Header] = []
+    clusters: dict[Any, list[list[Image]]] = defaultdict(list)
     for header in members:
-        if header.plane is None and header.defect is not None and header.defect[0] in ("truncated", "no-geometry"):
-            loose.append(header)
-            continue
-        kind = header.defect[0] if header.defect else None
-        clusters = alike[header.matrix, header.frame_of_reference, header.localizer, header.sop_class, kind]
-        for cluster in clusters:
-            first = cluster[0].plane
-            if header.plane is None or first is None or header.plane.is_like(first):
-                cluster.append(header)
-                break
-        else:
-            clusters.append([header])
-    groups = [cluster for clusters in alike.values() for cluster in clusters]
-    for header in loose:
-        homes = [group for group in groups if group[0].matrix == header.matrix]
-        if not homes and header.defect and header.defect[0] == "truncated":
-            homes = groups
-        if homes:
-            max(homes, key=len).append(header)
-        else:
-            groups.append([header])
-    return [sorted(group, key=lambda h: h.path) for group in groups]
+        for frame in () if header.defect else header.frames:
+            _join(clusters[_kind(header, members)], (header, frame))
+    groups = [Group(tuple(cluster)) for alike in clusters.values() for cluster in alike]
+    kinds: dict[Any, list[Header]] = defaultdict(list)
+    for header in members:
+        if header.defect:
+            home = _home(header, groups)
+            if home is None:
+                kinds[header.matrix, header.defect[0], header.localizer].append(header)
+            else:
+                groups[home] = replace(groups[home], broken=(*groups[home].broken, header))
+    return groups + [Group((), tuple(broken)) for broken in kinds.values()]
 
 
-def assemble(headers: Sequence[Header], series: str, lost: Sequence[Path] = ()) -> Assembly:
-    """Put one group of :func:`group_series` together, or say why not.
+def _kind(header: Header, members: Sequence[Header]) -> tuple[object, ...]:
+    """What images of one volume share; a file that does not say is taken to agree where all others agree."""
+
+    def agreed(name: str) -> object:
+        values = {value for one in members if (value := getattr(one, name))}
+        return next(iter(values)) if len(values) == 1 else getattr(header, name)
+
+    alone = header.path if header.flat else None
+    shared = (agreed("frame_of_reference"), agreed("sop_class"))
+    return header.matrix, *shared, header.localizer, header.mosaic, alone
+
+
+def _join(clusters: list[list[Image]], image: Image) -> None:
+    plane = image[1].plane
+    for cluster in clusters:
+        first = cluster[0][1].plane
+        if plane is None or first is None or plane.is_like(first):
+            cluster.append(image)
+            return
+    clusters.append([image])
+
+
+def _home(header: Header, groups: Sequence[Group]) -> int | None:
+    """Number of the group that a broken file was probably a part of."""
+    code = header.defect[0] if header.defect else ""
+    if code not in ("truncated", "no-geometry"):
+        return None
+    homes = [n for n, group in enumerate(groups) if group.first.matrix == header.matrix]
+    if not homes and code == "truncated":
+        homes = list(range(len(groups)))
+    return max(homes, key=lambda n: len(groups[n].images), default=None)
+
+
+def assemble(
+    group: Group,
+    series: str,
+    lost: Sequence[Path] = (),
+    repairs: Repairs = AS_IT_IS,
+) -> list[Assembly]:
+    """Put the volumes of one group together, in the order of acquisition, or say why not.
 
     Args:
-        headers: the group.
+        group: one of :func:`group_series`.
         series: what messages call it.
         lost: unreadable files that may be slices of it. With any the series is refused: a gap would be seen, but a
             first or last slice that is missing leaves no trace.
+        repairs: what becomes of sheared and uneven slices.
     """
-    kept, notes = _without_duplicates(headers)
-    files = tuple(header.path for header in kept)
+    images = group.images
+    notes = tuple(dict.fromkeys(note for header in group.headers for note in header.notes))
+    files = tuple(header.path for header in group.headers)
+    problem = _incomplete(group, series, lost)
+    if problem is not None:
+        return [Assembly((*files, *lost), problem=problem, notes=notes)]
+    colour = group.first.matrix[2] == 3
+    if group.first.flat:
+        return [_flat(group.first, notes, colour)]
+    planes = [frame.plane for _, frame in images if frame.plane]
+    frames = [frame for _, frame in images]
+    where = places(planes)
+    parts = separate(frames, where) if len(set(where)) < len(where) else [Part(tuple(range(len(frames))))]
+    found = [_volume(images, part, series, repairs) for part in parts]
+    if len(parts) == 1 and found[0].problem is not None and len(set(where)) == len(where):
+        for way in by_kind(frames):
+            finer = [_volume(images, part, series, repairs) for part in way]
+            if all(one.problem is None for one in finer):
+                found = finer
+                break
+    if len(found) == 1 and isinstance(found[0].problem, UnreadableSeries) and repairs.uneven == "split":
+        found = _runs(images, where, series, repairs) or found
+    missing_frame = {header.frame_of_reference for header in group.headers}
+    if len(missing_frame) > 1:
+        notes += ("some of its files lack the FrameOfReferenceUID that the others have",)
+    return [replace(one, notes=(*notes, *one.notes), colour=colour) for one in found]
+
+
+def _incomplete(group: Group, series: str, lost: Sequence[Path]) -> UnreadableSeries | None:
     if lost:
         names = ", ".join(path.name for path in lost[:5]) + (", ..." if len(lost) > 5 else "")
         reason = (
             f"every slice is needed, but of the files beside it {len(lost)} cannot be read ({names}), and may be its "
             "first or last slice; get them again, or move them elsewhere if they are not part of it"
         )
-        return Assembly((*files, *lost), None, UnreadableSeries(series, "incomplete", reason), notes)
-    broken = [header for header in kept if header.defect]
-    if broken:
+        return UnreadableSeries(series, "incomplete", reason)
+    if group.broken:
+        broken, count = group.broken, len(group.headers)
         code, reason = broken[0].defect or ("", "")
         which = broken[0].path.name if len(broken) == 1 else f"{broken[0].path.name} and {len(broken) - 1} more"
-        return Assembly(files, None, UnreadableSeries(series, code, f"{which} of {len(kept)} files: {reason}"), notes)
-    planes = [header.plane for header in kept if header.plane]
+        return UnreadableSeries(series, code, f"{which} of {count} files: {reason}")
+    return None
+
+
+def _flat(header: Header, notes: tuple[str, ...], colour: bool) -> Assembly:
+    """The images of one file without a place, as slices on an axis of their own."""
+    count = len(header.frames)
+    rows, columns = header.matrix[:2]
+    x, y = header.pixel_spacing or (1.0, 1.0)
+    unit = "mm" if header.pixel_spacing else "px"
+    space = Space.from_affine((columns, rows, count), np.diag([x, y, 1.0, 1.0]), None, unit)
+    if count > 1:
+        notes += (f"{count} frames one after the other along the third axis",)
+    return Assembly((header.path,) * count, tuple(range(count)), space=space, notes=notes, flat=True, colour=colour)
+
+
+def _volume(images: Sequence[Image], part: Part, series: str, repairs: Repairs) -> Assembly:
+    """One volume from some of the images, or the problem."""
+    chosen = [images[n] for n in part.members]
+    files = tuple(header.path for header, _ in chosen)
+    known: dict[str, Any] = {"mosaic": chosen[0][0].mosaic, "parameters": part.parameters}
+    if part.missing:
+        reason = (
+            f"{part.missing} of its {len(chosen) + part.missing} slices are missing, which other volumes of the series "
+            "have; the acquisition was interrupted, or files are lost"
+        )
+        return Assembly(files, problem=UnreadableSeries(series, "incomplete-volume", reason), **known)
+    planes = [frame.plane for _, frame in chosen if frame.plane]
     try:
-        stack = arrange(planes, series, kept[0].thickness)
+        _require_one_unit(chosen, series)
+        stack = arrange(planes, series, chosen[0][1].thickness)
     except UnreadableSeries as problem:
-        return Assembly(files, None, problem, notes)
-    shape = (*planes[0].shape, len(planes))
-    space = Space.from_affine(shape, stack.affine, kept[0].frame_of_reference)
-    return Assembly(tuple(files[n] for n in stack.order), space, None, notes + stack.notes)
+        if problem.code in ("uneven-slices", "missing-slice") and repairs.uneven == "resample":
+            return _evened(chosen, planes, known)
+        return Assembly(files, problem=problem, **known)
+    ordered = [chosen[n] for n in stack.order]
+    notes, upright = stack.notes, True
+    if stack.tilt:
+        what = f"slices are sheared by {stack.tilt:.2f} degrees (gantry tilt)"
+        if repairs.tilt == "refuse":
+            reason = f"slices must be stacked at a right angle, but these {what[7:]}; resample the series to an upright"
+            tilted = UnreadableSeries(series, "gantry-tilt", f"{reason} grid first (medvit convert --tilt resample)")
+            return Assembly(files, problem=tilted, **known)
+        upright = repairs.tilt == "keep"
+        notes += (f"{what}, and so is its grid: programs that take it for upright are wrong",) if upright else ()
+    space = _space(planes[0], stack, len(ordered), ordered[0][0])
+    numbers = tuple(frame.number for _, frame in ordered)
+    files = tuple(header.path for header, _ in ordered)
+    return Assembly(files, numbers, space=space, notes=notes, upright=upright, **known)
 
 
-def _without_duplicates(headers: Sequence[Header]) -> tuple[list[Header], tuple[str, ...]]:
-    """Drop copies of a file: same instance UID, same place and same pixels. Pixels are read for suspects only."""
+def _space(plane: Plane, stack: Stack, count: int, header: Header) -> Space:
+    return Space.from_affine((*plane.shape, count), stack.affine, header.frame_of_reference)
+
+
+def _require_one_unit(images: Sequence[Image], series: str) -> None:
+    """Refuse to mix, say, Hounsfield units with optical density."""
+    units = {frame.label("rescale_type") for _, frame in images} - {None}
+    if len(units) > 1:
+        reason = f"slices of one volume must share one unit, but RescaleType is {sorted(map(str, units))}"
+        raise UnreadableSeries(series, "units-vary", f"{reason}; export the series again")
+
+
+def _evened(images: Sequence[Image], planes: Sequence[Plane], known: dict[str, Any]) -> Assembly:
+    """Slices at uneven distances, to be interpolated at even ones."""
+    across, down = (np.mean([getattr(plane, name) for plane in planes], axis=0) for name in ("across", "down"))
+    normal = np.cross(across, down)
+    normal /= np.linalg.norm(normal)
+    positions = np.array([plane.position for plane in planes])
+    order = np.argsort(positions @ normal, kind="stable")
+    heights = tuple(float(h) for h in (positions @ normal)[order])
+    even = even_heights(heights)
+    affine = np.eye(4)
+    spacing = planes[0].spacing
+    step = (positions[order[-1]] - positions[order[0]]) / (len(even) - 1)
+    affine[:3] = np.column_stack([across * spacing[0], down * spacing[1], step, positions[order[0]]])
+    space = Space.from_affine((*planes[0].shape, len(even)), LPS_TO_RAS @ affine, images[0][0].frame_of_reference)
+    note = f"its {len(heights)} slices at uneven distances were resampled to {len(even)} even ones"
+    ordered = [images[n] for n in order]
+    return Assembly(
+        tuple(header.path for header, _ in ordered),
+        tuple(frame.number for _, frame in ordered),
+        space=space,
+        notes=(note,),
+        heights=heights,
+        **known,
+    )
+
+
+def _runs(images: Sequence[Image], where: Sequence[int], series: str, repairs: Repairs) -> list[Assembly]:
+    """Stacks of even slices one above the other, each as long as possible; none if the places repeat."""
+    if len(set(where)) < len(where):
+        return []
+    left = [int(n) for n in np.argsort(where)]
+    found: list[Assembly] = []
+    while left:
+        best = _volume(images, Part(tuple(left[:1]), {"stack": float(len(found))}), series, repairs)
+        length = 1
+        for end in range(2, len(left) + 1):
+            longer = _volume(images, Part(tuple(left[:end]), {"stack": float(len(found))}), series, repairs)
+            if longer.problem is not None:
+                break
+            best, length = longer, end
+        found.append(best)
+        left = left[length:]
+    return found
+
+
+def without_duplicates(group: Group) -> tuple[Group, tuple[Path, ...]]:
+    """The group without copies of a file: same instance UID, place and pixels; and these copies.
+
+    Pixels are read for suspects only.
+    """
     suspects: dict[Any, list[Header]] = defaultdict(list)
-    for header in headers:
+    for header in {header.path: header for header, _ in group.images}.values():
         suspects[header.instance_uid, header.plane and header.plane.position].append(header)
     dropped: dict[Path, None] = {}  # in order, and quick to ask
     for copies in suspects.values():
@@ -141,11 +371,13 @@ def _without_duplicates(headers: Sequence[Header]) -> tuple[list[Header], tuple[
                     dropped[header.path] = None
                 elif pixels is not None:
                     seen.add(pixels)
-    if not dropped:
-        return list(headers), ()
-    example = next(iter(dropped)).name + (", ..." if len(dropped) > 1 else "")
-    note = f"duplicates of other files ignored: {len(dropped)} ({example})"
-    return [header for header in headers if header.path not in dropped], (note,)
+    kept = tuple((header, frame) for header, frame in group.images if header.path not in dropped)
+    return (replace(group, images=kept) if dropped else group), tuple(dropped)
+
+
+def duplicates_note(dropped: Sequence[Path]) -> str:
+    """What to say of copies that :func:`without_duplicates` dropped."""
+    return f"duplicates of other files ignored: {len(dropped)} ({dropped[0].name}{', ...' if len(dropped) > 1 else ''})"
 
 
 def _stored_bytes(path: Path) -> bytes | None:
@@ -160,12 +392,14 @@ def _stored_bytes(path: Path) -> bytes | None:
         return None
 
 
-def read_dicom(files: Iterable[str | Path], name: str = "") -> Volume:
+def read_dicom(files: Iterable[str | Path], name: str = "", volume: int | None = None) -> Volume:
     """Read the files of one series, in any order, into one volume.
 
     Args:
         files: every file of the series; copies are dropped with a note.
         name: stem for outputs, and what messages call the series; default: its folder.
+        volume: which one, from 0, where the series holds several (echoes, time points, ...). None: the first, with a
+            note.
 
     Returns:
         Volume with array ``(column i, row j, slice k)``; ``k`` runs along cross(row direction, column direction).
@@ -175,9 +409,54 @@ def read_dicom(files: Iterable[str | Path], name: str = "") -> Volume:
 
     Raises:
         UnreadableFile: a file that is no DICOM image, or whose pixels cannot be decoded.
-        UnreadableSeries: files of several series, unreadable files among them, or a geometry that is not one regular 3D
-            grid.
+        UnreadableSeries: files of several series, unreadable files among them, no such volume, images in colour or
+            without a place, or a geometry that is not one regular, upright 3D grid.
     """
+    label, headers, volumes = _assembled(files, name)
+    if not 0 <= (volume or 0) < len(volumes):
+        reason = f"volume {volume} is asked for, but the series holds {len(volumes)}, counted from 0"
+        raise UnreadableSeries(label, "no-such-volume", reason)
+    chosen = volumes[volume or 0]
+    _require_place(chosen, headers[0], label)
+    if volume is None and len(volumes) > 1:
+        chosen = replace(chosen, notes=(*chosen.notes, first_of(volumes)))
+    first = headers[0]
+    return chosen.load(Source("dicom", (), first.modality, first.study_uid, first.series_uid, name))
+
+
+def read_dicom_again(source: Source) -> Volume:
+    """The volume that ``source`` was made for, whichever it was of its series.
+
+    Raises:
+        UnreadableFile, UnreadableSeries: as :func:`read_dicom`, and ``no-such-volume`` where the files have changed.
+    """
+    label, headers, volumes = _assembled(source.files, source.name)
+    for volume in volumes:
+        if (volume.files, volume.frames) == (source.files, source.frames or (0,) * len(source.files)):
+            _require_place(volume, headers[0], label)
+            return volume.load(source)
+    raise UnreadableSeries(label, "no-such-volume", "its files no longer make the volume that they made; read it anew")
+
+
+def _assembled(files: Iterable[str | Path], name: str) -> tuple[str, list[Header], list[Assembly]]:
+    """What to call one series, its headers and its volumes."""
+    headers, unreadable = _headers(files)
+    if not headers:
+        raise UnreadableSeries(name or "DICOM series", "no-files", "at least one file is needed")
+    label = name or str(headers[0].path.parent if len(headers) > 1 else headers[0].path)
+    groups = group_series(headers)
+    if len(groups) > 1:
+        found = "; ".join(f"{len(group.headers)} files of {describe(group.first)}" for group in groups[:5])
+        reason = f"the files of one series are needed, but these make {len(groups)}: {found}; give one of them"
+        raise UnreadableSeries(label, "several-series", reason)
+    group, dropped = without_duplicates(groups[0])
+    volumes = assemble(group, label, [error.path for error in unreadable], _NETWORK)
+    if dropped:
+        volumes = [replace(volume, notes=(duplicates_note(dropped), *volume.notes)) for volume in volumes]
+    return label, headers, volumes
+
+
+def _headers(files: Iterable[str | Path]) -> tuple[list[Header], list[UnreadableFile]]:
     headers: list[Header] = []
     unreadable: list[UnreadableFile] = []
     for file in dict.fromkeys(Path(file) for file in files):
@@ -189,23 +468,28 @@ def read_dicom(files: Iterable[str | Path], name: str = "") -> Volume:
             unreadable.append(error)
     if unreadable and not headers:
         raise unreadable[0]
-    if not headers:
-        raise UnreadableSeries(name or "DICOM series", "no-files", "at least one file is needed")
-    label = name or str(headers[0].path.parent if len(headers) > 1 else headers[0].path)
-    groups = group_series(headers)
-    if len(groups) > 1:
-        found = "; ".join(f"{len(group)} files of {describe(group[0])}" for group in groups[:5])
-        reason = f"the files of one series are needed, but these make {len(groups)}: {found}; give one of them"
-        raise UnreadableSeries(label, "several-series", reason)
-    assembly = assemble(groups[0], label, [error.path for error in unreadable])
-    if assembly.problem is not None or assembly.space is None:
-        raise assembly.problem or AssertionError("an assembly has a space or a problem")
-    array = np.empty(assembly.space.shape[::-1], dtype=np.float32)
-    for k, file in enumerate(assembly.files):
-        array[k] = read_pixels(file, array.shape[1:])[2]
-    first = headers[0]
-    source = Source("dicom", assembly.files, first.modality, first.study_uid, first.series_uid, name)
-    return Volume(array.transpose(2, 1, 0), assembly.space, source, assembly.notes)
+    return headers, unreadable
+
+
+def _require_place(assembly: Assembly, header: Header, series: str) -> None:
+    """What networks for volumes need: grey values, and a place in the patient."""
+    if assembly.problem is not None:
+        raise assembly.problem
+    if assembly.colour:
+        reason = "grey values are needed, but this is a colour image"
+        raise UnreadableSeries(series, "colour", reason)
+    if assembly.flat:
+        reason = f"an image with a place in the patient is needed, but this has none ({describe(header)})"
+        raise UnreadableSeries(series, "no-geometry", f"{reason}; read projections with medvit.data.radiograph")
+
+
+def first_of(volumes: Sequence[Assembly]) -> str:
+    """A note on which of several volumes was taken."""
+    known = ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in volumes[0].parameters.items()
+    )
+    return f"the first of {len(volumes)} volumes of its series" + (f" ({known})" if known else "")
 
 
 def describe(header: Header) -> str:
@@ -213,64 +497,3 @@ def describe(header: Header) -> str:
     number = "series" if header.series_number is None else f"series {header.series_number}"
     description = f' "{header.description}"' if header.description else ""
     return f"{number}{description} ({header.modality or 'no modality'}, {header.matrix[1]} x {header.matrix[0]})"
-
-
-def read_pixels(path: Path, shape: tuple[int, ...]) -> tuple[Dataset, np.ndarray, np.ndarray]:
-    """One image file: its data set, its stored values and these rescaled, both (row, column).
-
-    Raises:
-        UnreadableFile: pixels that cannot be decoded, or are not of ``shape``.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            ds = pydicom.dcmread(path, force=True)
-            if "TransferSyntaxUID" not in ds.file_meta:  # no meta header: pydicom has just found the encoding out
-                implicit, little = ds.original_encoding
-                syntax = (
-                    ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian if little else ExplicitVRBigEndian
-                )
-                ds.file_meta.TransferSyntaxUID = syntax
-            stored = _decode(path, ds)
-            if "ModalityLUTSequence" in ds:
-                values = apply_modality_lut(stored, ds)
-            else:
-                slope, intercept = (number_of(ds, k, d) for k, d in (("RescaleSlope", 1.0), ("RescaleIntercept", 0.0)))
-                values = stored.astype(np.float64) * slope + intercept
-        except MedvitError:
-            raise
-        except Exception as error:  # decoders raise what they like on corrupt streams
-            detail = " ".join(str(error).split())[:300]
-            raise UnreadableFile(path, f"its pixels cannot be read ({type(error).__name__}: {detail})") from error
-    if values.shape != shape:
-        raise UnreadableFile(path, f"its pixels decode to shape {values.shape}, but its header and series need {shape}")
-    return ds, stored, values
-
-
-def _decode(path: Path, ds: Dataset) -> np.ndarray:
-    """Stored values (row, column), with rubbish above BitsStored masked."""
-    syntax = ds.file_meta.TransferSyntaxUID
-    if syntax.is_private:
-        raise UnreadableFile(path, f"its pixels have the private transfer syntax {syntax}; export it uncompressed")
-    if not syntax.is_compressed:
-        return np.asarray(ds.pixel_array)
-    try:
-        available = get_decoder(syntax).available_plugins
-    except NotImplementedError:
-        available = ()
-    named = next((names for prefix, names in _PLUGINS.items() if syntax.startswith(prefix)), available)
-    plugins = [plugin for plugin in named if plugin in available]
-    if not plugins:
-        package = next((names for prefix, names in _PACKAGES.items() if syntax.startswith(prefix)), "")
-        remedy = f"install {package}, or export it uncompressed" if package else "export it uncompressed"
-        raise UnreadableFile(
-            path, f"its pixels are compressed as {syntax.name}, which nothing installed decodes; {remedy}"
-        )
-    try:
-        ds.pixel_array_options(decoding_plugin=plugins[0])
-        return np.asarray(ds.pixel_array)
-    except Exception as error:
-        detail = " ".join(str(error).split())[:300]
-        raise UnreadableFile(
-            path, f"its {syntax.name} pixels cannot be decoded: {detail}; get the file again"
-        ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -12,45 +12,60 @@ import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
+from pydicom.tag import BaseTag, Tag
 from pydicom.uid import UID
 
+from medvit.data import frames
+from medvit.data.frames import Frame
 from medvit.data.slices import Plane
 from medvit.errors import MedvitError, UnreadableFile
 
 # Storage classes whose objects are images of a patient. Everything else (reports, segmentations, structures, dose,
 # presentation states, raw data) is set aside, however much it may look like pixels.
 _CLASS = "1.2.840.10008.5.1.4.1.1."
+_TOMOGRAPHIC = "2 2.1 2.2 4 4.1 4.3 4.4 128 128.1 130 13.1.3 6.2 77.1.5.4"  # CT, MR, PET, tomosynthesis, 3D US, OCT
 _CR_DX = "1 1.1 1.1.1 1.2 1.2.1 1.3 1.3.1"  # with mammography and intra-oral
-_TOMOGRAPHIC = "2 2.1 2.2 4 4.1 4.3 4.4 128 128.1 130 20"  # CT, MR, PET, NM
-_ULTRASOUND_CAPTURE = "3.1 6.1 6.2 7 7.1 7.2 7.3 7.4"
-_ANGIOGRAPHIC = "12.1 12.1.1 12.2 12.2.1 13.1.1 13.1.2 13.1.3"  # with fluoroscopy and tomosynthesis
-_VISIBLE_LIGHT = "77.1.1 77.1.2 77.1.4 77.1.5.1 77.1.5.2 77.1.5.4 77.1.6 481.1"  # with OCT and RT image
-IMAGE_CLASSES = frozenset(
-    _CLASS + tail
-    for family in (_CR_DX, _TOMOGRAPHIC, _ULTRASOUND_CAPTURE, _ANGIOGRAPHIC, _VISIBLE_LIGHT)
-    for tail in family.split()
-)
+_ULTRASOUND_CAPTURE = "3.1 6 6.1 7 7.1 7.2 7.3 7.4 20 3"  # with planar nuclear medicine
+_ANGIOGRAPHIC = "12.1 12.1.1 12.2 12.2.1 13.1.1 13.1.2"  # with fluoroscopy
+_VISIBLE_LIGHT = "77.1.1 77.1.2 77.1.4 77.1.2.1 77.1.4.1 77.1.1.1 77.1.5.1 77.1.5.2 77.1.6 481.1"  # with RT image
 
-_TAGS = [
-    "SOPClassUID",
-    "SOPInstanceUID",
-    "StudyInstanceUID",
-    "SeriesInstanceUID",
-    "FrameOfReferenceUID",
-    "Modality",
-    "ImageType",
-    "SeriesNumber",
-    "SeriesDescription",
-    "Rows",
-    "Columns",
-    "NumberOfFrames",
-    "SamplesPerPixel",
-    "PhotometricInterpretation",
-    "BitsAllocated",
-    "ImagePositionPatient",
-    "ImageOrientationPatient",
-    "PixelSpacing",
-    "SliceThickness",
+
+def _classes(*families: str) -> frozenset[str]:
+    return frozenset(_CLASS + tail for family in families for tail in family.split())
+
+
+# Images that need no place in the patient to be used: projections, captures, photographs.
+FLAT_CLASSES = _classes(_CR_DX, _ULTRASOUND_CAPTURE, _ANGIOGRAPHIC, _VISIBLE_LIGHT)
+IMAGE_CLASSES = FLAT_CLASSES | _classes(_TOMOGRAPHIC)
+_FLAT_MODALITIES = ("CR", "DX", "MG", "IO", "PX", "RG", "RF", "XA", "US", "OP", "XC", "ES", "GM", "SM", "OT")
+
+_TAGS: list[BaseTag] = [
+    Tag(tag)
+    for tag in (
+        "SOPClassUID",
+        "SOPInstanceUID",
+        "StudyInstanceUID",
+        "SeriesInstanceUID",
+        "FrameOfReferenceUID",
+        "Modality",
+        "ImageType",
+        "SeriesNumber",
+        "SeriesDescription",
+        "Rows",
+        "Columns",
+        "NumberOfFrames",
+        "SamplesPerPixel",
+        "PhotometricInterpretation",
+        "BitsAllocated",
+        "ImagePositionPatient",
+        "ImageOrientationPatient",
+        "PixelSpacing",
+        "SliceThickness",
+        "ImagerPixelSpacing",
+        "NominalScannedPixelSpacing",
+        "SequenceOfUltrasoundRegions",
+        *frames.TAGS,
+    )
 ]
 
 # Read to be compared with the description, never kept: operators type names and numbers of patients into it.
@@ -74,11 +89,14 @@ class Header:
 
     Args:
         description: SeriesDescription without the words that are part of the patient's name, number or birth date.
-        plane: where it lies, or None: ``defect`` then says why.
-        thickness: SliceThickness in mm, None where it is missing or makes no sense.
+        matrix: (rows, columns, samples per pixel) of each image, of a tile for a mosaic.
         localizer: the image is a scout, made to plan others.
-        defect: (code, reason) why this file cannot be a slice of a volume, None if it can.
-        matrix: (rows, columns, samples per pixel).
+        frames: its images; without planes where ``flat``, none where there is a defect.
+        mosaic: the images are tiles of one.
+        flat: images without a place in the patient, which need none: projections, captures, photographs.
+        pixel_spacing: of a flat image, mm between (columns, rows), None where unknown.
+        notes: what a person should know.
+        defect: (code, reason) why this file cannot be used, None if it can.
     """
 
     path: Path
@@ -92,9 +110,17 @@ class Header:
     frame_of_reference: str | None
     matrix: tuple[int, int, int]
     localizer: bool
-    plane: Plane | None
-    thickness: float | None
-    defect: tuple[str, str] | None
+    frames: tuple[Frame, ...] = ()
+    mosaic: bool = False
+    flat: bool = False
+    pixel_spacing: tuple[float, float] | None = None
+    notes: tuple[str, ...] = ()
+    defect: tuple[str, str] | None = None
+
+    @property
+    def plane(self) -> Plane | None:
+        """Where the first of its images lies."""
+        return self.frames[0].plane if self.frames else None
 
 
 def looks_like_dicom(start: bytes) -> bool:
@@ -126,7 +152,10 @@ def read_header(path: str | Path) -> Header:
                 raise UnreadableFile(path, "not a DICOM file" if start else "the file is empty")
             file.seek(0)
             ds = pydicom.dcmread(
-                file, stop_before_pixels=True, force=start[128:132] != b"DICM", specific_tags=[*_TAGS, *_PATIENT_TAGS]
+                file,
+                stop_before_pixels=True,
+                force=start[128:132] != b"DICM",
+                specific_tags=[*_TAGS, *map(Tag, _PATIENT_TAGS)],
             )
             return _header(path, ds, file)
     except MedvitError:
@@ -146,21 +175,15 @@ def _header(path: Path, ds: Dataset, file: BinaryIO) -> Header:
         raise UnreadableFile(path, "DICOM data without a SOP class or an image; get the file again")
     matrix = (rows, columns, _integer(ds, "SamplesPerPixel") or 1)
     image_type = [part.upper() for part in _text(ds, "ImageType").split("\\")]
-    defect = _defect(ds, sop_class, image_type, matrix, file)
-    plane = None
-    if defect is None:
-        try:
-            position, orientation = _numbers(ds, "ImagePositionPatient", 3), _numbers(ds, "ImageOrientationPatient", 6)
-            plane = Plane.from_dicom(rows, columns, position, orientation, _numbers(ds, "PixelSpacing", 2))
-        except ValueError as error:
-            defect = (
-                "no-geometry",
-                f"its place in the patient is unknown: {error}; export the series again with these tags",
-            )
+    content = _Content(matrix)
     try:
-        thickness: float | None = number_of(ds, "SliceThickness", 0.0)
-    except ValueError:
-        thickness = None
+        count = _integer(ds, "NumberOfFrames") or 1
+        if shortfall := _pixel_shortfall(ds, rows * columns * matrix[2] * count, file):
+            raise _Defect("truncated", shortfall)
+        content = _content(ds, sop_class, image_type, matrix, count, path)
+        defect = None
+    except _Defect as found:
+        defect = (found.code, found.reason)
     return Header(
         path,
         _text(ds, "StudyInstanceUID"),
@@ -171,38 +194,114 @@ def _header(path: Path, ds: Dataset, file: BinaryIO) -> Header:
         _description(ds),
         _integer(ds, "SeriesNumber"),
         _text(ds, "FrameOfReferenceUID") or None,
-        matrix,
+        content.matrix,
         "LOCALIZER" in image_type,
-        plane,
-        thickness if thickness and thickness > 0 else None,
+        content.frames,
+        content.mosaic,
+        content.flat,
+        content.pixel_spacing,
+        content.notes,
         defect,
     )
 
 
-def _defect(
-    ds: Dataset, sop_class: str, image_type: list[str], matrix: tuple[int, int, int], file: BinaryIO
-) -> tuple[str, str] | None:
-    """Why the file cannot be one slice, except for its geometry."""
+class _Defect(Exception):
+    """Why a file cannot be used; never leaves this module."""
+
+    def __init__(self, code: str, reason: str):
+        self.code, self.reason = code, reason
+        super().__init__(reason)
+
+
+@dataclass(frozen=True)
+class _Content:
+    """The images of a file; see :class:`Header`."""
+
+    matrix: tuple[int, int, int]
+    frames: tuple[Frame, ...] = ()
+    mosaic: bool = False
+    flat: bool = False
+    pixel_spacing: tuple[float, float] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def _content(
+    ds: Dataset, sop_class: str, image_type: list[str], matrix: tuple[int, int, int], count: int, path: Path
+) -> _Content:
+    """Raises _Defect where the images have no place but need one."""
     rows, columns, samples = matrix
-    frames = _integer(ds, "NumberOfFrames") or 1
-    if shortfall := _pixel_shortfall(ds, rows * columns * samples * frames, file):
-        return "truncated", shortfall
     if rows == 0 or columns == 0:
-        return "no-geometry", f"an image needs Rows and Columns of at least 1, got {rows} x {columns}"
-    if "MOSAIC" in image_type or "VFRAME" in image_type:
-        return (
-            "mosaic",
-            f"{columns} x {rows} pixels hold many slices side by side (mosaic); convert it to single slices first",
-        )
-    photometric = _text(ds, "PhotometricInterpretation").upper()
-    if samples != 1 or photometric.startswith(("RGB", "YBR", "PALETTE")):
-        return (
-            "colour",
-            f"grey values are needed, but this is a colour image ({photometric or f'{samples} samples per pixel'})",
-        )
-    if frames > 1 or UID(sop_class).name.startswith(("Enhanced", "Legacy Converted")):
-        return "multi-frame", f"a multi-frame object of {frames} frames; convert it to single-frame files first"
-    return None
+        raise _Defect("no-geometry", f"an image needs Rows and Columns of at least 1, got {rows} x {columns}")
+    flat = sop_class in FLAT_CLASSES or (not sop_class and _text(ds, "Modality").upper() in _FLAT_MODALITIES)
+    grouped = "PerFrameFunctionalGroupsSequence" in ds or UID(sop_class).name.startswith(("Enhanced", "Legacy Conv"))
+    try:
+        if frames.is_mosaic(image_type) and count == 1:
+            tiles = frames.mosaic_frames(_with_private(path), matrix)
+            columns, rows = tiles[0].plane.shape if tiles[0].plane else (columns, rows)
+            return _Content((rows, columns, samples), tiles, mosaic=True)
+        if count == 1 and not grouped:
+            return _Content(matrix, (frames.single_frame(ds, matrix),))
+        if grouped:
+            return _Content(matrix, frames.functional_frames(ds, count, matrix))
+        if not flat:
+            raise _Defect(
+                "multi-frame",
+                f"a multi-frame object of {count} frames without functional groups says not where they lie; convert it "
+                "to single-frame files first",
+            )
+    except frames.NoPlace as error:
+        if frames.is_mosaic(image_type):
+            reason = (
+                f"{columns} x {rows} pixels hold many slices side by side (mosaic), but {error}; convert it to single"
+            )
+            raise _Defect("mosaic", f"{reason} slices at the scanner") from error
+        if not flat:
+            reason = f"its place in the patient is unknown: {error}; export the series again with these tags"
+            raise _Defect("no-geometry", reason) from error
+    images = (
+        frames.functional_frames(ds, count, matrix, plane=False)
+        if grouped
+        else tuple(replace(frames.single_frame(ds, matrix, plane=False), number=n) for n in range(count))
+    )
+    spacing, note = _flat_spacing(ds)
+    return _Content(matrix, images, flat=True, pixel_spacing=spacing, notes=note)
+
+
+def _with_private(path: Path) -> Dataset:
+    """The data set with the private headers that place the tiles of a mosaic; large, so read for mosaics only."""
+    return pydicom.dcmread(
+        path, stop_before_pixels=True, force=True, specific_tags=[*_TAGS, *map(Tag, frames.MOSAIC_TAGS)]
+    )
+
+
+_CM = 3  # code of a unit in ultrasound regions
+
+
+def _flat_spacing(ds: Dataset) -> tuple[tuple[float, float] | None, tuple[str, ...]]:
+    """Spacing (columns, rows) in mm of an image without a place, and what to know of it."""
+    unplaced = "its position and orientation in the patient are unknown"
+    for keyword, note in (
+        ("PixelSpacing", ""),
+        ("ImagerPixelSpacing", ", and its spacing is that at the detector, so that lengths in the patient are smaller"),
+        ("NominalScannedPixelSpacing", ", and its spacing is that of the film"),
+    ):
+        try:
+            row_step, column_step = _numbers(ds, keyword, 2)
+        except ValueError:
+            continue
+        if min(row_step, column_step) > 0 and np.isfinite(max(row_step, column_step)):
+            return (column_step, row_step), (unplaced + note,)
+    regions = ds.get("SequenceOfUltrasoundRegions") or ()
+    deltas = {
+        (region.get("PhysicalDeltaX"), region.get("PhysicalDeltaY"))
+        for region in regions
+        if (region.get("PhysicalUnitsXDirection"), region.get("PhysicalUnitsYDirection")) == (_CM, _CM)
+    }
+    if len(deltas) == 1 and len(regions) == 1:
+        x, y = deltas.pop()
+        if x and y and np.isfinite([x, y]).all():
+            return (10 * abs(float(x)), 10 * abs(float(y))), (unplaced,)
+    return None, (f"{unplaced}, and so is the size of a pixel",)
 
 
 def _pixel_shortfall(ds: Dataset, samples: int, file: BinaryIO) -> str | None:

@@ -83,11 +83,15 @@ class Plane:
 
 @dataclass(frozen=True)
 class Stack:
-    """Slices in order: plane ``order[k]`` becomes slice ``k``; ``affine`` maps (i, j, k) to RAS+ mm."""
+    """Slices in order: plane ``order[k]`` becomes slice ``k``; ``affine`` maps (i, j, k) to RAS+ mm.
+
+    ``tilt`` is the angle in degrees by which the slices are sheared (gantry tilt), 0 if they are stacked upright.
+    """
 
     order: tuple[int, ...]
     affine: np.ndarray
     notes: tuple[str, ...] = ()
+    tilt: float = 0.0
 
 
 def arrange(planes: Sequence[Plane], series: str, thickness: float | None = None) -> Stack:
@@ -102,8 +106,8 @@ def arrange(planes: Sequence[Plane], series: str, thickness: float | None = None
 
     Raises:
         UnreadableSeries: ``orientation-varies``, ``spacing-varies``, ``single-slice`` (without a thickness),
-            ``four-dimensional``, ``duplicate-positions``, ``missing-slice``, ``uneven-slices``, ``shifted-slices``,
-            ``gantry-tilt``. Reasons give positions along the normal in mm.
+            ``four-dimensional``, ``duplicate-positions``, ``missing-slice``, ``uneven-slices``, ``shifted-slices``.
+            Reasons give positions along the normal in mm.
     """
     across, down, spacing = _common_orientation(planes, series)
     normal = np.cross(across, down)
@@ -116,14 +120,14 @@ def arrange(planes: Sequence[Plane], series: str, thickness: float | None = None
         if thickness is None or not 0 < thickness < np.inf:
             reason = "one slice without a SliceThickness has no extent across the slice; give the complete series"
             raise UnreadableSeries(series, "single-slice", reason)
-        origin, step = positions[0], thickness * normal
+        origin, step, tilt = positions[0], thickness * normal, 0.0
         notes = (f"a single slice: its thickness of {thickness:g} mm stands for the distance between slices",)
     else:
         _require_one_slice_per_position(heights[order], series)
-        origin, step = _fit_line(positions[order], normal, series)
+        origin, step, tilt = _fit_line(positions[order], normal, series)
     affine = np.eye(4)
     affine[:3] = np.column_stack([across * spacing[0], down * spacing[1], step, origin])
-    return Stack(tuple(int(n) for n in order), LPS_TO_RAS @ affine, notes)
+    return Stack(tuple(int(n) for n in order), LPS_TO_RAS @ affine, notes, tilt)
 
 
 def _common_orientation(planes: Sequence[Plane], series: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -164,8 +168,8 @@ def _require_one_slice_per_position(heights: np.ndarray, series: str) -> None:
     raise UnreadableSeries(series, "duplicate-positions", reason)
 
 
-def _fit_line(positions: np.ndarray, normal: np.ndarray, series: str) -> tuple[np.ndarray, np.ndarray]:
-    """Origin and step of the straight, evenly divided line through ``positions`` (n, 3), sorted along ``normal``."""
+def _fit_line(positions: np.ndarray, normal: np.ndarray, series: str) -> tuple[np.ndarray, np.ndarray, float]:
+    """Origin, step and tilt of the straight, evenly divided line through ``positions`` (n, 3), sorted by ``normal``."""
     k = np.arange(len(positions)) - (len(positions) - 1) / 2
     step = k @ positions / (k @ k)
     residuals = positions - positions.mean(axis=0) - k[:, None] * step
@@ -182,15 +186,10 @@ def _fit_line(positions: np.ndarray, normal: np.ndarray, series: str) -> tuple[n
         raise UnreadableSeries(series, "shifted-slices", reason)
     sideways = float(np.linalg.norm(step - height * normal))
     drift, tilt = sideways * (len(positions) - 1), float(np.degrees(np.arctan2(sideways, height)))
-    if tilt > TILT_DEGREES and drift > tolerance:
-        reason = (
-            f"slices must be stacked at a right angle, but these are sheared by {tilt:.2f} degrees (gantry tilt);"
-            " resample the series to an orthogonal grid first"
-        )
-        raise UnreadableSeries(series, "gantry-tilt", reason)
+    tilted = tilt > TILT_DEGREES and drift > tolerance
     if drift <= ROUNDING_MM:
         step = height * normal
-    return positions.mean(axis=0) + k[0] * step, step
+    return positions.mean(axis=0) + k[0] * step, step, tilt if tilted else 0.0
 
 
 def _refuse_uneven(heights: np.ndarray, series: str) -> None:

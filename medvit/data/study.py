@@ -6,39 +6,57 @@ import json
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from medvit.data import dicom, nifti, raster
+from medvit.data import archives, dicom, itk, nifti, raster
+from medvit.data.frames import Label
 from medvit.data.headers import Header, NotAnImage, looks_like_dicom, read_header
+from medvit.data.regrid import AS_IT_IS, Repairs
 from medvit.data.space import Space
-from medvit.data.volume import Volume
+from medvit.data.volume import Source, Volume
 from medvit.errors import MedvitError, NothingFound, OutputError, UnreadableFile
 
 _DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 _JUNK = ("._", ".ds_store", "thumbs.db", "desktop.ini")
 _BLANK = "nothing in it but zero bytes"
 _MANIFEST = "manifest.jsonl"
+_START = 262  # bytes at the beginning of a file that tell what it is; of tar archives the last five of them
 _STAGING = ".medvit-"  # folders that an interrupted run left behind
+
+
+class _Archive:
+    """An archive that stays unpacked as long as anything refers to this object."""
+
+    def __init__(self, path: Path):
+        self._stack = ExitStack()
+        self.unpacked = self._stack.enter_context(archives.unpacked(path))
 
 
 @dataclass(frozen=True)
 class Series:
-    """One candidate image, known from headers.
+    """One candidate image, known from headers: a volume, or a 2D image that needs no place in a patient.
 
     Args:
-        kind: ``"dicom"``, ``"nifti"`` or ``"raster"`` (a photograph); by its name for a file that cannot be opened.
+        kind: ``"dicom"``, ``"nifti"``, ``"itk"`` or ``"raster"`` (a photograph); by its name for a file that cannot be
+            opened.
         files: in slice order for DICOM whose geometry is proven, else sorted by path. Those of an ``incomplete`` series
             end with the unreadable files beside it, so that reading them fails as :meth:`read` does.
         name: stem for outputs, unique in its inventory; mirrors the input tree with ``/``. Folder and file names are
             kept as they are; no tag that identifies a patient is used.
         modality, description, study_uid, series_uid: from DICOM; ``""`` where unknown.
         space: its grid, None when it cannot be proven.
-        problem: why it cannot be used as a 3D volume or photograph, None if it can (as far as headers tell).
+        problem: why it cannot be used as a volume, photograph or projection, None if it can (as far as headers tell).
         notes: what a person should know, one sentence each.
         channels: values per voxel: 3 for photographs in colour.
+        base: the name of all volumes of its series or file.
+        volume, volumes: the number of this volume, from 0, and how many there are of them.
+        parameters: what tells it from these, such as ``echo_time_ms``; see :data:`medvit.data.frames.LABELS`.
+        placed: False for DICOM images without a place in the patient (projections, captures).
+        time_step: seconds from one volume to the next, None if unknown.
     """
 
     kind: str
@@ -52,23 +70,44 @@ class Series:
     problem: MedvitError | None = None
     notes: tuple[str, ...] = ()
     channels: int = 1
+    base: str = ""
+    volume: int = 0
+    volumes: int = 1
+    parameters: dict[str, Label] = field(default_factory=dict)
+    placed: bool = True
+    time_step: float | None = None
+    assembly: dicom.Assembly | None = field(default=None, repr=False)
+    archive: _Archive | None = field(default=None, repr=False)
 
     def read(self) -> Volume:
         """Read the voxels; raises ``problem`` if there is one, else what the format's reader raises."""
         if self.problem is not None:
             raise self.problem
-        if self.kind == "nifti":
-            volume = nifti.read_nifti(self.files[0], self.name)
-        elif self.kind == "raster":
-            volume = raster.read_raster(self.files[0], self.name)
+        if self.assembly is not None:
+            source = Source("dicom", (), self.modality, self.study_uid, self.series_uid, self.name)
+            volume = self.assembly.load(source)
+        elif self.kind == "nifti":
+            volume = nifti.read_nifti(self.files[0], self.name, self.volume if self.volumes > 1 else None)
+        elif self.kind == "itk":
+            volume = itk.read_itk(self.files[0], self.name)
         else:
-            volume = dicom.read_dicom(self.files, self.name)
+            volume = raster.read_raster(self.files[0], self.name)
         return replace(volume, notes=tuple(dict.fromkeys((*self.notes, *volume.notes))))
+
+    @property
+    def origins(self) -> tuple[Path, ...]:
+        """Every file once; those of an archive by the archive's path and their names in it."""
+        files = dict.fromkeys(self.files)
+        return tuple(self.archive.unpacked.original(file) for file in files) if self.archive else tuple(files)
 
 
 @dataclass(frozen=True)
 class SetAside:
-    """A file that is no candidate: ``not-an-image``, ``localizer``, or ``result`` of an earlier run."""
+    """A file that is no candidate.
+
+    ``not-an-image``, ``localizer``, ``duplicate``, ``archive`` (its members are candidates), ``result`` of an earlier
+    run.
+    """
 
     path: Path
     code: str
@@ -85,11 +124,15 @@ class Inventory:
 
 @dataclass(frozen=True)
 class _Found:
-    """One file, the input it was found under, and the manifest of the run that made it."""
+    """One file, the input it was found under, the manifest of the run that made it, the archive it came out of."""
 
     path: Path
     base: Path
     manifest: Path | None = None
+    archive: _Archive | None = None
+
+
+_Entry = Header | Series | SetAside
 
 
 def discover(
@@ -97,8 +140,10 @@ def discover(
     *,
     exclude: str | Path | None = None,
     progress: Callable[[int], None] | None = None,
+    repairs: Repairs = AS_IT_IS,
+    unpack: bool = False,
 ) -> Inventory:
-    """List the image series in files and folder trees, by content and not by name, without reading pixels.
+    """List the images in files and folder trees, by content and not by name, without reading pixels.
 
     Never raises for a bad file: a broken image, and a file or folder that cannot be opened, is a :class:`Series` with a
     ``problem``; anything else is set aside, as are the outputs that a ``manifest.jsonl`` below an input lists.
@@ -108,50 +153,88 @@ def discover(
         inputs: one path or several; folders are walked, through symbolic links too.
         exclude: a folder that is not entered, such as the one that results go to.
         progress: called with the number of files seen so far.
+        repairs: what becomes of DICOM slices that are sheared or at uneven distances.
+        unpack: look into archives (zip, tar); the files of their series are there as long as the series are.
 
     Raises:
         NothingFound: an input path does not exist.
         OutputError: ``exclude`` is an input.
     """
-    paths = _checked(inputs, exclude)
+    found: dict[Path, _Found] = {}
     headers: list[Header] = []
-    bases: dict[Path, Path] = {}
     series: list[Series] = []
     set_aside: list[SetAside] = []
-    for count, found in enumerate(_files(paths, exclude), start=1):
-        bases[found.path] = found.base
-        entry = _examine(found)
-        if isinstance(entry, Header):
-            headers.append(entry)
-        elif isinstance(entry, SetAside):
-            set_aside.append(entry)
-        else:
-            series.append(entry)
+    for count, (one, entry) in enumerate(_entries(_checked(inputs, exclude), exclude, unpack), start=1):
+        found[one.path] = one
+        for part in entry if isinstance(entry, list) else [entry]:
+            if isinstance(part, Header):
+                headers.append(part)
+            elif isinstance(part, SetAside):
+                set_aside.append(part)
+            else:
+                series.append(part)
         if progress is not None:
             progress(count)
     blank = _blank_slices(set_aside, headers)
-    set_aside = [aside for aside in set_aside if aside.path not in blank]
-    series += [_unreadable(_Found(path, bases[path]), "empty, among DICOM files named alike") for path in blank]
+    series += [_unreadable(found[path], "empty, among DICOM files named alike") for path in blank]
     lost: dict[Path, list[Path]] = defaultdict(list)
-    for one in series:
-        if one.kind == "dicom" and not is_folder(one.files[0]):
-            lost[one.files[0].parent].append(one.files[0])
-    named: list[tuple[str, Series | list[Header]]] = [(one.name, one) for one in series if one.kind != "raster"]
+    for broken in series:
+        if broken.kind == "dicom" and not is_folder(broken.files[0]):
+            lost[broken.files[0].parent].append(broken.files[0])
+    named: list[tuple[str, Series | dicom.Group]] = [(one.name, one) for one in series if one.kind != "raster"]
     for group in dicom.group_series(headers):
-        if group[0].localizer:
-            set_aside += [SetAside(h.path, "localizer", "a scout image, made to plan others") for h in group]
+        if group.first.localizer:
+            set_aside += [SetAside(h.path, "localizer", "a scout image, made to plan others") for h in group.headers]
         else:
-            named.append((_dicom_name(group, bases[group[0].path]), group))
-    volumes = [
-        replace(one, name=name) if isinstance(one, Series) else _dicom_series(one, name, lost)
-        for name, one in _uniquely_named(named)
-    ]
+            named.append((_dicom_name(group, found[group.first.path].base), group))
+    volumes: list[Series] = []
+    for name, candidate in _uniquely_named(named):
+        if isinstance(candidate, Series):
+            volumes += _each_volume(replace(candidate, name=name, base=name))
+        else:
+            kept, dropped = dicom.without_duplicates(candidate)
+            set_aside += [SetAside(path, "duplicate", "a copy of another file") for path in dropped]
+            volumes += _dicom_series(kept, name, lost, repairs, dropped)
     # named after the volumes, whose names a picture beside them must not change
     pictures = _uniquely_named([(one.name, one) for one in series if one.kind == "raster"], [v.name for v in volumes])
     complete = sorted(
         [*volumes, *(replace(one, name=name) for name, one in pictures)], key=lambda one: _order(one.name)
     )
-    return Inventory(tuple(complete), tuple(sorted(set_aside, key=lambda aside: aside.path)))
+    kept_aside = [_with_origin(aside, found) for aside in set_aside if aside.path not in blank]
+    return Inventory(
+        tuple(replace(one, archive=found[one.files[0]].archive, base=one.base or one.name) for one in complete),
+        tuple(sorted(kept_aside, key=lambda aside: aside.path)),
+    )
+
+
+def _entries(
+    paths: Iterable[Path], exclude: str | Path | None, unpack: bool
+) -> Iterator[tuple[_Found, _Entry | list[_Entry]]]:
+    """Every file with what it is, those of archives after the archive."""
+    for one in _files(paths, exclude):
+        entry = _examine(one)
+        if not (unpack and isinstance(entry, SetAside) and entry.code == "archive"):
+            yield one, entry
+            continue
+        try:
+            archive = _Archive(one.path)
+        except MedvitError as error:
+            name = _relative(one.path.with_name(archives.stem(one.path)), one.base)
+            yield one, Series("archive", (one.path,), name, problem=error)
+            continue
+        inside: list[_Entry] = [entry]
+        for number, problem in enumerate(archive.unpacked.problems):
+            name = _relative(one.path.with_name(f"{archives.stem(one.path)}_{number}"), one.base)
+            inside.append(Series("archive", (one.path,), name, problem=problem))
+        yield one, inside
+        for member in _files([archive.unpacked.folder], None):
+            inner = replace(member, archive=archive)
+            yield inner, _examine(inner)
+
+
+def _with_origin(aside: SetAside, found: dict[Path, _Found]) -> SetAside:
+    archive = found[aside.path].archive if aside.path in found else None
+    return replace(aside, path=archive.unpacked.original(aside.path)) if archive else aside
 
 
 def is_folder(path: Path) -> bool:
@@ -233,7 +316,7 @@ def _outputs(manifest: Path) -> Iterator[Path]:
             continue
 
 
-def _examine(found: _Found) -> Header | Series | SetAside:
+def _examine(found: _Found) -> _Entry:
     """What one file is."""
     path = found.path
     lower = path.name.lower()
@@ -248,17 +331,24 @@ def _examine(found: _Found) -> Header | Series | SetAside:
         if not stat.S_ISREG(mode):  # a pipe would block for ever
             return SetAside(path, "not-an-image", "not a regular file")
         with path.open("rb") as file:
-            start = file.read(132)
+            start = file.read(_START)
     except OSError as error:
         return _unreadable(found, f"cannot be opened: {error.strerror or error}")
-    if lower.endswith(nifti.SUFFIXES) and start[128:132] != b"DICM":
-        return _nifti_series(found)
+    if archives.is_archive(path, start):
+        reason = "an archive inside an archive" if found.archive else "an archive; its members are images of their own"
+        return SetAside(path, "archive", reason)
+    if start[128:132] != b"DICM" and lower.endswith((*nifti.SUFFIXES, *itk.SUFFIXES)):
+        return _volume_series(found)
     if is_photograph(path, start):
         return _raster_series(found)
     if looks_like_dicom(start):
         try:
             return read_header(path)
         except NotAnImage as error:
+            missing = archives.missing_of_dicomdir(path) if path.name.upper() == "DICOMDIR" else []
+            if missing:
+                reason = f"lists {len(missing)} files that are not there, such as {missing[0].name}; get them too"
+                return _unreadable(found, reason)
             return SetAside(path, error.code, error.reason)
         except UnreadableFile as error:
             if start[128:132] == b"DICM":  # surely meant to be DICOM: a broken candidate, not a stray file
@@ -269,7 +359,9 @@ def _examine(found: _Found) -> Header | Series | SetAside:
         inside = "no PNG, JPEG, TIFF or BMP inside" if start else "empty"
         return _unreadable(found, f"named like a photograph, but {inside}")
     return SetAside(
-        path, "not-an-image", "no DICOM, NIfTI, PNG, JPEG, TIFF or BMP file" if start.strip(b"\0") else _BLANK
+        path,
+        "not-an-image",
+        "no DICOM, NIfTI, NRRD, MetaImage, PNG, JPEG, TIFF or BMP file" if start.strip(b"\0") else _BLANK,
     )
 
 
@@ -293,18 +385,42 @@ def _blank_slices(set_aside: Iterable[SetAside], headers: Iterable[Header]) -> l
     return [path for path in blank if any(c.isdigit() for c in path.name) and place(path) in occupied]
 
 
-def _nifti_series(found: _Found) -> Series | SetAside:
+def _volume_series(found: _Found) -> Series | SetAside:
+    """A NIfTI, MetaImage or NRRD file, of one volume or several; voxels beside their header are set aside."""
     path = found.path
+    known: nifti.NiftiHeader | itk.ItkHeader
+    nifti_like = path.name.lower().endswith(nifti.SUFFIXES)
+    kind = "nifti" if nifti_like else "itk"
+    stem = path.with_name(nifti.stem(path)) if nifti_like else path.with_suffix("")
+    name = _relative(stem, found.base)
     if path.name.lower().endswith((".img", ".img.gz")):
         header = path.with_name(path.name.replace(".img", ".hdr").replace(".IMG", ".HDR"))
         if header.exists():
             return SetAside(path, "not-an-image", f"the voxels of {header.name}")
-    name = _relative(path.with_name(nifti.stem(path)), found.base)
     try:
-        known = nifti.read_nifti_header(path)
+        known = nifti.read_nifti_header(path) if nifti_like else itk.read_itk_header(path)
     except MedvitError as problem:
-        return Series("nifti", (path,), name, problem=problem)
-    return Series("nifti", (path,), name, space=known.space, notes=known.notes)
+        return Series(kind, (path,), name, problem=problem)
+    series = Series(kind, (path,), name, space=known.space, notes=known.notes)
+    count = known.volumes if isinstance(known, nifti.NiftiHeader) else 1
+    if not isinstance(known, nifti.NiftiHeader) or count == 1:
+        return series
+    return replace(series, volumes=count, time_step=known.time_step)
+
+
+def _each_volume(series: Series) -> list[Series]:
+    """A series for each volume of a file."""
+    name, count = series.name, series.volumes
+    if count == 1:
+        return [series]
+    return [
+        replace(series, name=_numbered(name, n, count), volume=n, parameters={"time_point": float(n)})
+        for n in range(count)
+    ]
+
+
+def _numbered(name: str, number: int, count: int) -> str:
+    return f"{name}_v{number:0{len(str(count - 1))}d}" if count > 1 else name
 
 
 def _raster_series(found: _Found) -> Series:
@@ -317,36 +433,48 @@ def _raster_series(found: _Found) -> Series:
     return Series("raster", (path,), name, space=known.space, notes=known.notes, channels=known.channels)
 
 
-def _dicom_name(group: list[Header], base: Path) -> str:
-    first = group[0]
+def _dicom_name(group: dicom.Group, base: Path) -> str:
+    first = group.first
     title = first.description or first.modality or ("" if first.series_number is not None else "series")
     parts = ["" if first.series_number is None else str(first.series_number), _sanitised(title)]
     try:
-        folder = Path(os.path.commonpath([header.path.parent for header in group]))
+        folder = Path(os.path.commonpath([header.path.parent for header in group.headers]))
     except ValueError:  # on two drives
         folder = first.path.parent
     return _relative(folder / "_".join(part for part in parts if part), base)
 
 
-def _dicom_series(group: list[Header], name: str, lost: dict[Path, list[Path]]) -> Series:
-    first = group[0]
-    folders = sorted({header.path.parent for header in group})
-    assembly = dicom.assemble(group, name, [path for folder in folders for path in lost.get(folder, ())])
-    notes = assembly.notes
+def _dicom_series(
+    group: dicom.Group, name: str, lost: dict[Path, list[Path]], repairs: Repairs, dropped: Sequence[Path]
+) -> list[Series]:
+    first = group.first
+    folders = sorted({header.path.parent for header in group.headers})
+    found = dicom.assemble(group, name, [path for folder in folders for path in lost.get(folder, ())], repairs)
+    notes: tuple[str, ...] = (dicom.duplicates_note(dropped),) if dropped else ()
     if not first.series_uid:
         notes += ("no SeriesInstanceUID: the files of its folder were taken together",)
-    return Series(
-        "dicom",
-        assembly.files,
-        name,
-        first.modality,
-        first.description,
-        first.study_uid,
-        first.series_uid,
-        assembly.space,
-        assembly.problem,
-        notes,
-    )
+    return [
+        Series(
+            "dicom",
+            assembly.files,
+            _numbered(name, number, len(found)),
+            first.modality,
+            first.description,
+            first.study_uid,
+            first.series_uid,
+            assembly.space,
+            assembly.problem,
+            (*notes, *assembly.notes),
+            3 if assembly.colour else 1,
+            name,
+            number,
+            len(found),
+            assembly.parameters,
+            not assembly.flat,
+            assembly=assembly,
+        )
+        for number, assembly in enumerate(found)
+    ]
 
 
 def _relative(path: Path, base: Path) -> str:

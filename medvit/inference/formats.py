@@ -9,18 +9,26 @@ from medvit.writers.base import Writer
 from medvit.writers.dicom_seg import DicomSegWriter
 from medvit.writers.nifti import NiftiLabelWriter
 from medvit.writers.raster import RasterLabelWriter
+from medvit.writers.rtstruct import RtStructWriter
+from medvit.writers.secondary_capture import SecondaryCaptureWriter
+from medvit.writers.structured_report import ReportWriter
 
-FORMATS = ("nifti", "dicom-seg", "png", "overlay")
+FORMATS = (
+    *("nifti", "dicom-seg", "png", "overlay"),
+    *("dicom-seg-labelmap", "rtstruct", "secondary-capture", "report"),
+)
 
 
 def make_writers(formats: Sequence[str], algorithm_name: str, algorithm_version: str) -> list[Writer]:
-    """Writers for ``formats``, in that order.
+    """Writers for ``formats``, in that order, a report behind the DICOM SEG that it refers to.
 
     Args:
-        formats: any of ``"nifti"`` (label map on the grid of a volume), ``"dicom-seg"`` (for DICOM sources), ``"png"``
-            (label map on the pixels of a photograph) and ``"overlay"`` (a picture); at least one, and naming one twice
-            is naming it once. A case gets those that apply to its source.
-        algorithm_name: what a DICOM SEG names as its maker.
+        formats: at least one, and naming one twice is naming it once. A case gets those that apply to its source:
+            ``"nifti"`` (label map on the grid of a volume), ``"png"`` (label map on the pixels of a photograph),
+            ``"overlay"`` (a picture), and for DICOM sources ``"dicom-seg"``, ``"dicom-seg-labelmap"`` (small, read by
+            recent software), ``"rtstruct"`` (contours), ``"secondary-capture"`` (a zip file of pictures for any
+            viewer) and ``"report"`` (structured report of volumes; a DICOM SEG comes with it).
+        algorithm_name: what DICOM objects name as their maker.
         algorithm_version: likewise.
 
     Raises:
@@ -29,10 +37,21 @@ def make_writers(formats: Sequence[str], algorithm_name: str, algorithm_version:
     unknown = [f for f in formats if f not in FORMATS]
     if unknown or not formats:
         raise ValueError(f"formats must be some of {', '.join(FORMATS)}, got {list(formats)}")
+    chosen = dict.fromkeys(formats)
+    if "report" in chosen:  # it refers to a SEG, which has to be there first
+        del chosen["report"]
+        chosen |= dict.fromkeys(("dicom-seg", "report"))
+    segmentation = DicomSegWriter(algorithm_name, algorithm_version)
     makers: dict[str, Callable[[], Writer]] = {
         "nifti": NiftiLabelWriter,
-        "dicom-seg": lambda: DicomSegWriter(algorithm_name, algorithm_version),
+        "dicom-seg": lambda: segmentation,
         "png": RasterLabelWriter,
         "overlay": OverlayWriter,
+        "dicom-seg-labelmap": lambda: DicomSegWriter(
+            algorithm_name, algorithm_version, "_labelmap.dcm", kind="LABELMAP"
+        ),
+        "rtstruct": lambda: RtStructWriter(algorithm_name, algorithm_version),
+        "secondary-capture": lambda: SecondaryCaptureWriter(algorithm_name, algorithm_version),
+        "report": lambda: ReportWriter(segmentation),
     }
-    return [makers[f]() for f in dict.fromkeys(formats)]
+    return [makers[f]() for f in chosen]

@@ -69,6 +69,8 @@ class Predictor:
             study_uid=str(meta["study_uid"]),
             series_uid=str(meta["series_uid"]),
             name=str(case["case"]),
+            frames=tuple(int(number) for number in meta["medvit_frames"]),
+            mosaic=bool(meta["medvit_mosaic"]),
         )
         space = Space.from_affine(array.shape, affine, meta.get("frame_of_reference"), str(meta["medvit_unit"]))
         notes = dict.fromkeys((*case.get("notes", ()), *str(meta["medvit_notes"]).splitlines()))

@@ -54,9 +54,9 @@ class OverlayWriter:
 
     def write(self, label_map: LabelMap, stem: Path, *, overwrite: bool = False) -> Path:
         """Write to ``stem`` + suffix and return that path; errors are those of reading and of :func:`overlay`."""
-        from medvit.data.reader import read_volume
+        from medvit.data.reader import read_again
 
-        image = read_volume(label_map.source.files).array
+        image = read_again(label_map.source).array
         return overlay(image, label_map, with_suffix(stem, self.suffix), overwrite=overwrite)
 
 

@@ -1,15 +1,16 @@
-"""Every image series of an inventory to NIfTI, one record per series and per file that is none."""
+"""Every image of an inventory to NIfTI, one record per volume and per file that is none."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medvit.errors import MedvitError
+from medvit.errors import MedvitError, SpaceMismatch
 from medvit.writers.base import with_suffix
-from medvit.writers.nifti import write_volume
+from medvit.writers.nifti import write_series
 
 if TYPE_CHECKING:
     from medvit.data.study import Inventory, Series
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
 _log = logging.getLogger("medvit")
 
 
-def convert(inventory: Inventory, output_dir: Path, *, overwrite: bool = False) -> Iterator[dict[str, Any]]:
-    """Write each series to ``output_dir/<series.name>.nii.gz`` and yield what became of it, one at a time.
+def convert(
+    inventory: Inventory, output_dir: Path, *, overwrite: bool = False, four_d: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Write each volume to ``output_dir/<series.name>.nii.gz`` and yield what became of it, one at a time.
 
     Nothing is converted before the iterator is advanced. A series that fails is a record, never an exception.
 
@@ -26,47 +29,95 @@ def convert(inventory: Inventory, output_dir: Path, *, overwrite: bool = False) 
         inventory: from :func:`medvit.data.study.discover`.
         output_dir: created as needed.
         overwrite: replace existing files; without it an existing file makes its series ``rejected``.
+        four_d: the volumes of one series in one file where they share a grid.
 
     Yields:
-        Records for JSON, series first, then files set aside, each in the inventory's order: ``status`` (``ok``,
+        Records for JSON, images first, then files set aside, each in the inventory's order: ``status`` (``ok``,
         ``warning``: written, but read ``reason``; ``rejected``: nothing written; ``set-aside``: no image), ``code`` (a
         stable word, None when ok), ``reason``, ``series``, ``files``, ``output``, ``modality``, ``shape`` (voxels),
-        ``spacing`` (mm) and ``orientation`` (e.g. ``"LPS"``), None where unknown. Photographs are set aside.
+        ``spacing`` (mm) and ``orientation`` (e.g. ``"LPS"``), None where unknown; of one of several volumes also
+        ``volume`` (from 0), ``volumes`` and ``parameters`` (what tells it from the others). Photographs are set aside.
     """
-    for series in inventory.series:
-        yield _convert_one(series, with_suffix(output_dir / series.name, ".nii.gz"), overwrite)
+    for volumes in _together(inventory.series, four_d):
+        yield _convert(volumes, output_dir, overwrite)
     for aside in inventory.set_aside:
         yield _record("set-aside", aside.code, aside.reason, files=[str(aside.path)])
 
 
-def _convert_one(series: Series, path: Path, overwrite: bool) -> dict[str, Any]:
+def about(series: Series) -> dict[str, Any]:
+    """What a record says of a series, as far as headers tell."""
     known: dict[str, Any] = {
         "series": series.name,
-        "files": [str(f) for f in series.files],
+        "files": [str(f) for f in series.origins],
         "modality": series.modality,
+        **({"channels": series.channels} if series.channels > 1 or series.kind == "raster" else {}),
     }
+    if series.volumes > 1:
+        known |= {"volume": series.volume, "volumes": series.volumes, "parameters": series.parameters}
+    return known | (_grid(series.space, series.placed) if series.space else {})
+
+
+def _together(series: Sequence[Series], four_d: bool) -> Iterator[list[Series]]:
+    """Each volume alone, or all sound ones of a series and grid together."""
+
+    def whole(one: Series) -> tuple[object, ...]:
+        if not four_d or one.volumes == 1 or one.problem is not None or one.space is None or one.channels > 1:
+            return (one.name,)
+        return one.base, one.space.shape
+
+    for _, volumes in groupby(series, whole):
+        yield list(volumes)
+
+
+def _convert(volumes: list[Series], output_dir: Path, overwrite: bool) -> dict[str, Any]:
+    series, known = volumes[0], about(volumes[0])
+    name = series.name
+    if len(volumes) > 1:
+        name = series.base
+        files = dict.fromkeys(str(file) for one in volumes for file in one.origins)
+        known |= {"series": name, "files": list(files), "volumes": len(volumes)}
+        known |= {"volume": None, "parameters": [one.parameters for one in volumes]}
     if series.kind == "raster":
         code, reason = "photograph", "a photograph: it has no place in millimetres, which a NIfTI file states"
         return _record("set-aside", code, reason, **known)
-    space = series.space
+    path = with_suffix(output_dir / name, ".nii.gz")
     outcome: tuple[str, str | None, str | None]
     try:
-        volume = series.read()
-        space = volume.space
-        write_volume(volume, path, overwrite=overwrite)
+        read = [one.read() for one in volumes]
+        known |= _grid(read[0].space, series.placed)
+        placed = None if series.placed else False
+        write_series(read, path, overwrite=overwrite, time_step=series.time_step, placed=placed)
         known["output"] = str(path)
-        outcome = ("warning", "notes", " ".join(volume.notes)) if volume.notes else ("ok", None, None)
+        notes = tuple(dict.fromkeys(note for volume in read for note in volume.notes))
+        outcome = ("warning", "notes", "; ".join(notes)) if notes else ("ok", None, None)
+    except SpaceMismatch as error:
+        outcome = ("rejected", error.code, f"{error}; convert them one by one, without --4d")
     except MedvitError as error:
-        outcome = ("rejected", error.code, str(error))
+        outcome = ("rejected", error.code, _named(error, series))
     except Exception as error:  # one bad series, whatever is bad about it, must not cost the others
         # not one of ours: its text may quote the header, which may hold the patient's name
         reason = f"{type(error).__name__} while converting; the debug log (--verbose) has the traceback, report it"
         outcome = ("rejected", "internal", f"{series.name}: {reason}")
         _log.debug("%s: not converted", series.name, exc_info=True)
-    if space is not None:
-        spacing = [round(step, 6) for step in space.spacing]
-        known.update(shape=list(space.shape), spacing=spacing, orientation=space.orientation)
     return _record(*outcome, **known)
+
+
+def _named(error: MedvitError, series: Series) -> str:
+    """The message; a temporary file is called by its name in its archive."""
+    message = str(error)
+    if series.archive:
+        for file in dict.fromkeys(series.files):
+            message = message.replace(str(file), str(series.archive.unpacked.original(file)))
+    return message
+
+
+def _grid(space: Any, placed: bool) -> dict[str, Any]:
+    spacing = [round(step, 6) for step in space.spacing] if space.unit == "mm" else None
+    return {
+        "shape": list(space.shape),
+        "spacing": spacing,
+        "orientation": (space.orientation or None) if placed else None,
+    }
 
 
 def _record(status: str, code: str | None, reason: str | None, **known: Any) -> dict[str, Any]:

@@ -16,9 +16,21 @@ def test_the_seg_writer_knows_who_made_the_segmentation():
     assert (writer.algorithm_name, writer.algorithm_version) == ("net", "1.2")
 
 
+def test_a_report_comes_after_the_segmentation_it_refers_to():
+    for formats in (["report", "nifti"], ["report", "nifti", "dicom-seg"]):
+        nifti, seg, report = make_writers(formats, "net", "1")
+        assert [w.suffix for w in (nifti, seg, report)] == ["_seg.nii.gz", "_seg.dcm", "_report.dcm"]
+        assert report.segmentation is seg
+
+
+def test_no_two_formats_write_the_same_file():
+    suffixes = [writer.suffix for writer in make_writers(FORMATS, "net", "1")]
+    assert len(set(suffixes)) == len(FORMATS) == 8
+
+
 @pytest.mark.parametrize("formats", [["nifti", "tiff"], [], ["tiff"]])
 def test_unknown_formats_and_none_are_refused(formats):
-    with pytest.raises(ValueError, match=re.escape(f"some of nifti, dicom-seg, png, overlay, got {formats}")):
+    with pytest.raises(ValueError, match=re.escape(f"some of {', '.join(FORMATS)}, got {formats}")):
         make_writers(formats, "net", "1")
 
 

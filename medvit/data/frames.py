@@ -1,0 +1,345 @@
+"""The 2D images of one DICOM file: one of a classic file, many of a multi-frame object or a mosaic.
+
+Of each: where it lies, and what tells it from images at the same place (echo, time, diffusion weighting, ...).
+Sources: DICOM PS3.3 C.7.6.16 (functional groups); nibabel, "Siemens format DICOM with CSA header"; private tags as
+dcm2niix documents them (Li et al., 2016).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from math import ceil, isfinite, sqrt
+from typing import Any
+
+import numpy as np
+from pydicom.dataset import Dataset
+from pydicom.multival import MultiValue
+
+from medvit.data.slices import Plane
+
+Label = float | str
+
+# What may tell volumes at the same place apart, in the order in which it is tried. The first kinds are different
+# images, which may cover different slices; the others are repetitions of one image.
+KINDS = ("image_type", "component", "rescale_type", "kernel", "kvp", "stack")
+REPETITIONS = (
+    *("echo_time_ms", "inversion_time_ms", "flip_angle", "b_value", "b_vector", "temporal_position"),
+    *("trigger_time_ms", "dimension", "acquisition", "instance"),
+)
+LABELS = KINDS + REPETITIONS
+
+_SIEMENS, _GE, _PHILIPS, _UIH = 0x0019, 0x0043, 0x2001, 0x0065
+_B_VALUES = {_SIEMENS: 0x100C, _GE: 0x1039, _PHILIPS: 0x1003, _UIH: 0x1009}
+_GE_B_VALUE_OFFSET = 1_000_000_000  # added by scanners that store the direction of the weighting elsewhere
+_PRIVATE = [(group << 16) + element for group, element in _B_VALUES.items()]
+_CSA, _UIH_SLICES = 0x00291010, 0x00651051
+MOSAIC_TAGS = (_CSA, 0x00290010, _UIH_SLICES, 0x00650010)
+
+TAGS: tuple[str | int, ...] = (
+    *("InstanceNumber", "AcquisitionNumber", "AcquisitionDateTime", "AcquisitionDate", "AcquisitionTime"),
+    *("ContentDate", "ContentTime", "EchoTime", "InversionTime", "FlipAngle", "KVP", "ConvolutionKernel", "StackID"),
+    *("ComplexImageComponent", "RescaleType", "TemporalPositionIdentifier", "TemporalPositionIndex", "TriggerTime"),
+    *("NominalCardiacTriggerDelayTime", "DiffusionBValue", "DiffusionGradientOrientation", "SpacingBetweenSlices"),
+    *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "DimensionIndexSequence"),
+    *_PRIVATE,
+)
+
+
+class NoPlace(ValueError):
+    """Why a frame has no place in the patient, in the tags' own names."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One 2D image.
+
+    Args:
+        number: of the frame in its file, or of the tile in its mosaic, from 0.
+        plane: where it lies, None if that is unknown.
+        labels: values of :data:`LABELS`, None where unknown.
+        time: seconds of its acquisition on some clock, None if unknown.
+        thickness: SliceThickness in mm, None where it is missing or makes no sense.
+    """
+
+    number: int
+    plane: Plane | None
+    labels: tuple[Label | None, ...]
+    time: float | None
+    thickness: float | None
+
+    def label(self, name: str) -> Label | None:
+        """Value of one of :data:`LABELS`."""
+        return self.labels[LABELS.index(name)]
+
+
+def single_frame(ds: Dataset, matrix: Sequence[int], plane: bool = True) -> Frame:
+    """The image of a classic file, ``matrix`` = (rows, columns, ...); without a plane if that is not asked for.
+
+    Raises:
+        NoPlace: a plane is asked for, and its tags do not give one.
+    """
+    groups = _Groups(ds, (ds,))
+    return Frame(0, _plane(groups, matrix) if plane else None, _labels(groups), _time(groups), _thickness(groups))
+
+
+def functional_frames(ds: Dataset, count: int, matrix: Sequence[int], plane: bool = True) -> tuple[Frame, ...]:
+    """Frames of a multi-frame object: per-frame functional groups before shared ones before the top level.
+
+    Raises:
+        NoPlace: planes are asked for, and a frame has none.
+    """
+    shared = tuple(ds.get("SharedFunctionalGroupsSequence") or ())
+    each = tuple(ds.get("PerFrameFunctionalGroupsSequence") or ())
+    if plane and len(each) != count:
+        raise NoPlace(f"NumberOfFrames is {count}, but PerFrameFunctionalGroupsSequence describes {len(each)}")
+    frames = []
+    for number in range(count):
+        groups = _Groups(ds, (*each[number : number + 1], *shared[:1], ds), number)
+        where = _plane(groups, matrix) if plane else None
+        frames.append(Frame(number, where, _labels(groups), _time(groups), _thickness(groups)))
+    return tuple(frames)
+
+
+def is_mosaic(image_type: Sequence[str]) -> bool:
+    """Whether ImageType says that the slices of a volume lie side by side in one image."""
+    return "MOSAIC" in image_type or "VFRAME" in image_type
+
+
+def mosaic_frames(ds: Dataset, matrix: Sequence[int]) -> tuple[Frame, ...]:
+    """Tiles of a Siemens or UIH mosaic; each plane has the shape of a tile.
+
+    Raises:
+        NoPlace: the private header that places the tiles is missing or contradicts the image.
+    """
+    slices = list(ds.get(_UIH_SLICES).value or ()) if _UIH_SLICES in ds else []
+    places = _uih_places(ds, slices, matrix) if slices else _siemens_places(ds, matrix)
+    groups = _Groups(ds, (ds,))
+    labels, time, thickness = _labels(groups), _time(groups), _thickness(groups)
+    return tuple(Frame(n, plane, labels, time, thickness) for n, plane in enumerate(places))
+
+
+def _siemens_places(ds: Dataset, matrix: Sequence[int]) -> list[Plane]:
+    from nibabel.nicom import csareader
+
+    try:
+        csa = csareader.get_csa_header(ds, "image")
+        count = int(csareader.get_n_mosaic(csa) or 0) if csa else 0
+        given = csareader.get_slice_normal(csa) if csa else None
+    except Exception as error:  # damaged private headers raise whatever the parser trips over
+        raise NoPlace(
+            f"the Siemens CSA header that places the tiles of a mosaic is damaged ({type(error).__name__})"
+        ) from error
+    if not count or given is None:
+        raise NoPlace("the Siemens CSA header with NumberOfImagesInMosaic and SliceNormalVector is missing")
+    whole = _plane(_Groups(ds, (ds,)), matrix)
+    across, down, spacing = np.array(whole.across), np.array(whole.down), whole.spacing
+    normal = np.cross(across, down)
+    if abs(abs(float(normal @ np.asarray(given, float))) - 1) > 1e-3:
+        raise NoPlace(f"SliceNormalVector {np.round(given, 4).tolist()} is not at a right angle to the image")
+    step = _exact(ds.get("SpacingBetweenSlices")) or _exact(ds.get("SliceThickness"))
+    if count > 1 and (step is None or step <= 0):
+        raise NoPlace(f"the tiles of a mosaic need SpacingBetweenSlices, got {step}")
+    shape = _tile(matrix, count)
+    # ImagePositionPatient is that of a tile as large as the mosaic, around the same centre
+    corner = np.array(whole.position)
+    for axis, (direction, full, part) in enumerate(zip((across, down), whole.shape, shape, strict=True)):
+        corner = corner + direction * spacing[axis] * (full - part) / 2
+    upwards = np.sign(normal @ np.asarray(given, float)) * normal
+    return [_at(whole, shape, corner + n * (step or 0.0) * upwards) for n in range(count)]
+
+
+def _uih_places(ds: Dataset, slices: Sequence[Dataset], matrix: Sequence[int]) -> list[Plane]:
+    shape = _tile(matrix, len(slices))
+    return [_plane(_Groups(ds, (one, ds)), (shape[1], shape[0])) for one in slices]
+
+
+def _tile(matrix: Sequence[int], count: int) -> tuple[int, int]:
+    """(columns, rows) of a tile: as many tiles side by side as a square of them needs, and that many rows, or fewer."""
+    side = ceil(sqrt(count))
+    rows, columns = matrix[0], matrix[1]
+    for down in (side, ceil(count / side)):  # Siemens fills up the square, UIH does not
+        if columns % side == 0 and rows % down == 0 and (down == side or rows // down == columns // side):
+            return columns // side, rows // down
+    raise NoPlace(f"{columns} x {rows} pixels cannot hold {count} slices in rows of {side}")
+
+
+def _at(plane: Plane, shape: tuple[int, int], position: np.ndarray) -> Plane:
+    x, y, z = map(float, position)
+    return Plane(shape, (x, y, z), plane.across, plane.down, plane.spacing)
+
+
+class _Groups:
+    """Attributes of one frame, wherever they stand: in its own groups, the shared ones, or at the top level."""
+
+    def __init__(self, ds: Dataset, places: Sequence[Dataset], number: int = 0):
+        self.ds, self.places, self.number = ds, places, number
+
+    def get(self, keyword: str, *sequences: str) -> Any:
+        """Value of ``keyword`` in the first place that has it: in one of these sequences, or as it is."""
+        for place in self.places:
+            for item in self._items(place, sequences):
+                value = item.get(keyword)
+                if value is not None and value != "":
+                    return value
+        return None
+
+    def _items(self, place: Dataset, sequences: Sequence[str]) -> Iterator[Dataset]:
+        for name in sequences:
+            items = place.get(name)
+            if items:
+                yield items[0]
+        yield place
+
+
+def _plane(groups: _Groups, matrix: Sequence[int]) -> Plane:
+    position = _numbers(groups.get("ImagePositionPatient", "PlanePositionSequence"), "ImagePositionPatient", 3)
+    orientation = groups.get("ImageOrientationPatient", "PlaneOrientationSequence")
+    spacing = groups.get("PixelSpacing", "PixelMeasuresSequence")
+    try:
+        return Plane.from_dicom(
+            matrix[0],
+            matrix[1],
+            position,
+            _numbers(orientation, "ImageOrientationPatient", 6),
+            _numbers(spacing, "PixelSpacing", 2),
+        )
+    except ValueError as error:
+        raise NoPlace(str(error)) from error
+
+
+def _numbers(value: Any, keyword: str, count: int) -> tuple[float, ...]:
+    if value is None or value == "":
+        raise NoPlace(f"{keyword} is missing")
+    try:
+        numbers = tuple(float(part) for part in (value if isinstance(value, MultiValue | list | tuple) else [value]))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise NoPlace(f"{keyword} holds no numbers") from error
+    if len(numbers) != count:
+        raise NoPlace(f"{keyword} needs {count} numbers, got {len(numbers)}")
+    return numbers
+
+
+def _thickness(groups: _Groups) -> float | None:
+    thickness = _exact(groups.get("SliceThickness", "PixelMeasuresSequence"))
+    return thickness if thickness and thickness > 0 else None
+
+
+def _labels(groups: _Groups) -> tuple[Label | None, ...]:
+    frame_types = ("MRImageFrameTypeSequence", "CTImageFrameTypeSequence", "PETFrameTypeSequence")
+    content = "FrameContentSequence"
+    image_type = groups.get("FrameType", *frame_types) or groups.get("ImageType")
+    return (
+        _text(image_type),
+        _text(groups.get("ComplexImageComponent", *frame_types)),
+        _text(groups.get("RescaleType", "PixelValueTransformationSequence")),
+        _text(groups.get("ConvolutionKernel", "CTReconstructionSequence")),
+        _number(groups.get("KVP", "CTXRayDetailsSequence")),
+        _text(groups.get("StackID", content)),
+        _number(groups.get("EffectiveEchoTime", "MREchoSequence") or groups.get("EchoTime")),
+        _number(groups.get("InversionTimes", "MRModifierSequence") or groups.get("InversionTime")),
+        _number(groups.get("FlipAngle", "MRTimingAndRelatedParametersSequence")),
+        _b_value(groups),
+        _b_vector(groups),
+        _number(groups.get("TemporalPositionIndex", content) or groups.get("TemporalPositionIdentifier")),
+        _number(
+            groups.get("NominalCardiacTriggerDelayTime", "CardiacSynchronizationSequence") or groups.get("TriggerTime")
+        ),
+        _dimension(groups),
+        _number(groups.get("FrameAcquisitionNumber", content) or groups.get("AcquisitionNumber")),
+        _number(groups.ds.get("InstanceNumber")),
+    )
+
+
+def _b_value(groups: _Groups) -> float | None:
+    known = _number(groups.get("DiffusionBValue", "MRDiffusionSequence"))
+    if known is not None:
+        return known
+    for group, element in _B_VALUES.items():
+        found = groups.ds.get((group << 16) + element)
+        value = None if found is None else _number(found.value)
+        if value is not None:
+            return value % _GE_B_VALUE_OFFSET if group == _GE else value
+    return None
+
+
+def _b_vector(groups: _Groups) -> str | None:
+    value = None
+    for place in groups.places:
+        for diffusion in place.get("MRDiffusionSequence") or ():
+            for direction in diffusion.get("DiffusionGradientDirectionSequence") or ():
+                value = direction.get("DiffusionGradientOrientation")
+    value = groups.get("DiffusionGradientOrientation") if value is None else value
+    try:
+        return None if value is None else " ".join(f"{float(part):.4g}" for part in value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _dimension(groups: _Groups) -> str | None:
+    """Dimension index values of a frame but those that say where it lies."""
+    values = groups.get("DimensionIndexValues", "FrameContentSequence")
+    pointers = [item.get("DimensionIndexPointer") for item in groups.ds.get("DimensionIndexSequence") or ()]
+    values = values if isinstance(values, MultiValue | list) else [values]
+    if not pointers or len(values) != len(pointers):
+        return None
+    place = {0x00200032, 0x00209057, 0x00209056, 0x00201041}  # position, in-stack position, stack, slice location
+    kept = [str(value) for value, pointer in zip(values, pointers, strict=True) if pointer not in place]
+    return "-".join(kept) or None
+
+
+def _time(groups: _Groups) -> float | None:
+    stamp = groups.get("FrameAcquisitionDateTime", "FrameContentSequence") or groups.get("AcquisitionDateTime")
+    ds = groups.ds
+    for text in (
+        stamp,
+        f"{ds.get('AcquisitionDate') or '19000101'}{ds.get('AcquisitionTime') or ''}",
+        f"{ds.get('ContentDate') or '19000101'}{ds.get('ContentTime') or ''}",
+    ):
+        seconds = _seconds(str(text or ""))
+        if seconds is not None:
+            return seconds
+    return None
+
+
+def _seconds(text: str) -> float | None:
+    """Of a DICOM date and time ``YYYYMMDDHHMMSS.ffffff``; None without a time of day."""
+    whole, _, fraction = text.strip().partition(".")
+    try:
+        moment = datetime.strptime(whole[:14], "%Y%m%d%H%M%S")
+        digits = fraction.partition("+")[0].partition("-")[0][:6]
+        return (moment - datetime(1900, 1, 1)) / timedelta(seconds=1) + float(f"0.{digits or 0}")
+    except ValueError:
+        return None
+
+
+def _text(value: Any) -> str | None:
+    if value is None or value == "":
+        return None
+    return "\\".join(str(part) for part in value) if isinstance(value, MultiValue | list) else str(value).strip()
+
+
+def _number(value: Any) -> float | None:
+    """First number of a value, rounded so that equal settings compare equal; None if there is none."""
+    number = _exact(value)
+    return None if number is None else round(number, 3)
+
+
+def _exact(value: Any) -> float | None:
+    """First finite number of a value, None if there is none."""
+    if isinstance(value, MultiValue | list | tuple):
+        value = value[0] if len(value) else None
+    if isinstance(value, bytes):  # a private tag whose type is unknown
+        text = not value.strip(b" 0123456789.-\\\0")
+        value = value.decode().partition("\\")[0].strip("\0 ") if text else _binary(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if isfinite(number) else None
+
+
+def _binary(value: bytes) -> float | None:
+    kind = {8: "<f8", 4: "<f4"}.get(len(value))
+    return float(np.frombuffer(value, kind)[0]) if kind else None
