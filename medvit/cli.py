@@ -181,6 +181,9 @@ def convert(
     four_d: Annotated[bool, typer.Option("--4d", help="One 4D file for the volumes of a series.")] = False,
     tilt: Annotated[Tilt, typer.Option(help="Gantry tilt: a sheared grid, an upright one, or none.")] = Tilt.keep,
     uneven: Annotated[Uneven, typer.Option(help="Slices at uneven distances, or with gaps.")] = Uneven.refuse,
+    deidentify: Annotated[
+        bool, typer.Option("--deidentify", help="DICOM files without identifiers (PS3.15 basic profile), not NIfTI.")
+    ] = False,
 ) -> None:
     """Write every usable image of INPUTS as NIfTI, one file per volume, in its own voxel grid.
 
@@ -191,14 +194,19 @@ def convert(
     Example: `medvit convert study/ --output nifti/`
     """
     from medvit.data.regrid import Repairs
-    from medvit.writers.convert import convert as convert_inventory
+    from medvit.writers.convert import convert as to_nifti
+    from medvit.writers.convert import deidentify as without_identifiers
 
     with errors():
-        inventory = _discover(inputs, exclude=output, repairs=Repairs(tilt.value, uneven.value))
+        repairs = Repairs(tilt.value, uneven.value)
+        inventory = _discover(inputs, exclude=output, repairs=repairs, unpack=not deidentify)
         records = []
         total = len(inventory.series) + len(inventory.set_aside)
-        records_of = convert_inventory(inventory, output, overwrite=overwrite, four_d=four_d)
-        for record in progress(records_of, "series", total, "series"):
+        if deidentify:
+            outcomes = without_identifiers(inventory, output, overwrite=overwrite)
+        else:
+            outcomes = to_nifti(inventory, output, overwrite=overwrite, four_d=four_d)
+        for record in progress(outcomes, "series", total, "series"):
             records.append(record)
             if as_json:
                 emit(record)
@@ -276,11 +284,13 @@ def _runner(bundle: str, output: Path, overrides: dict[str, Any]) -> FolderRunne
         raise
 
 
-def _discover(inputs: Sequence[Path], exclude: Path | None = None, repairs: Repairs | None = None) -> Inventory:
+def _discover(
+    inputs: Sequence[Path], exclude: Path | None = None, repairs: Repairs | None = None, unpack: bool = True
+) -> Inventory:
     from medvit.data.regrid import AS_IT_IS
     from medvit.data.study import discover
 
-    options: dict[str, Any] = {"exclude": exclude, "repairs": repairs or AS_IT_IS, "unpack": True}
+    options: dict[str, Any] = {"exclude": exclude, "repairs": repairs or AS_IT_IS, "unpack": unpack}
 
     screen = console()
     with quiet():

@@ -89,7 +89,7 @@ class Header:
 
     Args:
         description: SeriesDescription without the words that are part of the patient's name, number or birth date.
-        matrix: (rows, columns, samples per pixel) of each image, of a tile for a mosaic.
+        matrix: (rows, columns, samples per pixel) of each image, of a tile for a mosaic; a palette gives 3 samples.
         localizer: the image is a scout, made to plan others.
         frames: its images; without planes where ``flat``, none where there is a defect.
         mosaic: the images are tiles of one.
@@ -232,6 +232,8 @@ def _content(
     rows, columns, samples = matrix
     if rows == 0 or columns == 0:
         raise _Defect("no-geometry", f"an image needs Rows and Columns of at least 1, got {rows} x {columns}")
+    if _text(ds, "PhotometricInterpretation").upper() == "PALETTE COLOR":
+        matrix = (rows, columns, 3)
     flat = sop_class in FLAT_CLASSES or (not sop_class and _text(ds, "Modality").upper() in _FLAT_MODALITIES)
     grouped = "PerFrameFunctionalGroupsSequence" in ds or UID(sop_class).name.startswith(("Enhanced", "Legacy Conv"))
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ from typing import TypeVar
 from medvit.data import archives, dicom, itk, nifti, raster
 from medvit.data.frames import Label
 from medvit.data.headers import Header, NotAnImage, looks_like_dicom, read_header
+from medvit.data.lost import LostFiles
 from medvit.data.regrid import AS_IT_IS, Repairs
 from medvit.data.space import Space
 from medvit.data.volume import Source, Volume
@@ -177,12 +177,11 @@ def discover(
             progress(count)
     blank = _blank_slices(set_aside, headers)
     series += [_unreadable(found[path], "empty, among DICOM files named alike") for path in blank]
-    lost: dict[Path, list[Path]] = defaultdict(list)
-    for broken in series:
-        if broken.kind == "dicom" and not is_folder(broken.files[0]):
-            lost[broken.files[0].parent].append(broken.files[0])
+    broken = [one.files[0] for one in series if one.kind == "dicom"]
+    lost = LostFiles(path for path in broken if not is_folder(path))
     named: list[tuple[str, Series | dicom.Group]] = [(one.name, one) for one in series if one.kind != "raster"]
-    for group in dicom.group_series(headers):
+    groups = dicom.group_series(headers)
+    for group in groups:
         if group.first.localizer:
             set_aside += [SetAside(h.path, "localizer", "a scout image, made to plan others") for h in group.headers]
         else:
@@ -194,7 +193,7 @@ def discover(
         else:
             kept, dropped = dicom.without_duplicates(candidate)
             set_aside += [SetAside(path, "duplicate", "a copy of another file") for path in dropped]
-            volumes += _dicom_series(kept, name, lost, repairs, dropped)
+            volumes += _dicom_series(kept, name, lost.of(candidate, groups), repairs, dropped)
     # named after the volumes, whose names a picture beside them must not change
     pictures = _uniquely_named([(one.name, one) for one in series if one.kind == "raster"], [v.name for v in volumes])
     complete = sorted(
@@ -445,12 +444,14 @@ def _dicom_name(group: dicom.Group, base: Path) -> str:
 
 
 def _dicom_series(
-    group: dicom.Group, name: str, lost: dict[Path, list[Path]], repairs: Repairs, dropped: Sequence[Path]
+    group: dicom.Group, name: str, lost: tuple[list[Path], list[Path]], repairs: Repairs, dropped: Sequence[Path]
 ) -> list[Series]:
-    first = group.first
-    folders = sorted({header.path.parent for header in group.headers})
-    found = dicom.assemble(group, name, [path for folder in folders for path in lost.get(folder, ())], repairs)
+    first, (probable, possible) = group.first, lost
+    found = dicom.assemble(group, name, probable, repairs)
     notes: tuple[str, ...] = (dicom.duplicates_note(dropped),) if dropped else ()
+    if possible:
+        names = ", ".join(path.name for path in possible[:3]) + (", ..." if len(possible) > 3 else "")
+        notes += (f"files beside it cannot be read and may be its first or last slice: {len(possible)} ({names})",)
     if not first.series_uid:
         notes += ("no SeriesInstanceUID: the files of its folder were taken together",)
     return [

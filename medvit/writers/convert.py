@@ -44,6 +44,50 @@ def convert(
         yield _record("set-aside", aside.code, aside.reason, files=[str(aside.path)])
 
 
+def deidentify(inventory: Inventory, output_dir: Path, *, overwrite: bool = False) -> Iterator[dict[str, Any]]:
+    """Write every DICOM file without identifiers to ``output_dir/<study>/<series>/<n>.dcm``; see ``Deidentifier``.
+
+    Segmentations, structure sets and scouts are written too, reports and images that may show names are set aside.
+
+    Yields:
+        Records like those of :func:`convert`, one for each file.
+    """
+    from medvit.writers.deidentify import Deidentifier
+
+    names = {file: one for one in inventory.series if one.kind == "dicom" for file in one.files}
+    others = [one for one in inventory.series if one.kind != "dicom"]
+    asides = {aside.path: aside for aside in inventory.set_aside}
+    writer = Deidentifier()
+    for done in writer.write_all(
+        [*names, *(path for path in asides if _is_dicom(path))], output_dir, overwrite=overwrite
+    ):
+        series = names.get(done.source)
+        known: dict[str, Any] = {"files": [str(done.source)]}
+        if series is not None:
+            known |= {"series": series.base, "modality": series.modality}
+        if done.target is not None:
+            outcome = ("warning", "notes", "; ".join(done.notes)) if done.notes else ("ok", None, None)
+            yield _record(*outcome, **known, output=str(done.target))
+        else:
+            status = "set-aside" if done.code in ("burned-in", "not-an-image") else "rejected"
+            yield _record(status, done.code, done.reason, **known)
+    for one in others:
+        yield _record("set-aside", "not-dicom", "de-identification is for DICOM files", **about(one))
+    for path, aside in asides.items():
+        if not _is_dicom(path):
+            yield _record("set-aside", aside.code, aside.reason, files=[str(path)])
+
+
+def _is_dicom(path: Path) -> bool:
+    from medvit.data.headers import looks_like_dicom
+
+    try:
+        with path.open("rb") as file:
+            return looks_like_dicom(file.read(132))
+    except OSError:
+        return False
+
+
 def about(series: Series) -> dict[str, Any]:
     """What a record says of a series, as far as headers tell."""
     known: dict[str, Any] = {
