@@ -86,9 +86,11 @@ def codes_in(tree: ast.AST) -> set[str]:
     """Codes in calls ``UnreadableSeries(what, code, ...)`` and the like, and in pairs ``code, reason``."""
     found: set[str] = set()
     for node in ast.walk(tree):
-        name = getattr(node.func, "id", "") if isinstance(node, ast.Call) else ""
-        if name in ("UnreadableSeries", "SetAside"):
-            found |= codes_of(node.args[1:2])
+        function = node.func if isinstance(node, ast.Call) else None
+        name = getattr(function, "id", getattr(function, "attr", ""))
+        place = {"UnreadableSeries": 1, "SetAside": 1, "problem": 1, "_record": 1, "_Defect": 0}.get(name)
+        if isinstance(node, ast.Call) and place is not None:
+            found |= codes_of(node.args[place : place + 1])
         elif isinstance(node, ast.Return) or (isinstance(node, ast.Assign) and assigns_code(node.targets[0])):
             pair = node.value
             if isinstance(pair, ast.Tuple) and len(pair.elts) == 2:
@@ -110,13 +112,16 @@ def test_the_scan_for_codes_sees_every_way_of_making_one() -> None:
     source = """
 raise UnreadableSeries(name, "one-way", reason)
 aside = SetAside(path, "two", "a reason")
+work.problem(name, "six", "a reason")
+raise _Defect("seven", "a reason")
+yield _record("set-aside", "eight", "a reason")
 defect = ("three", f"{reason}")
 code, reason = "four", ""
 def f():
     return "five", reason
     return "Not a code", reason
 """
-    assert codes_in(ast.parse(source)) == {"one-way", "two", "three", "four", "five"}
+    assert codes_in(ast.parse(source)) == {"one-way", "two", "three", "four", "five", "six", "seven", "eight"}
 
 
 def test_every_code_is_explained_and_no_other() -> None:
