@@ -2,6 +2,7 @@ import gzip
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,7 +14,19 @@ import numpy as np
 import pytest
 import torch
 from bundle_synthetic import blobs, edit_json, expected_labels, make_bundle, write_weights
-from data_synthetic import make_affine, write_dicom_series, write_nifti
+from data_synthetic import make_affine, phantom, write_dicom_series, write_nifti
+from dicom_synthetic import (
+    arrays_of,
+    measures_group,
+    nested,
+    orientation_group,
+    position_group,
+    tilted_affine,
+    write_flat,
+    write_multiframe,
+    write_siemens_mosaic,
+    write_volumes,
+)
 from typer.testing import CliRunner
 
 from medvit.cli import app
@@ -271,8 +284,11 @@ def _missing_slice(folder):
 
 
 def _four_dimensional(folder):
-    path = write_nifti(folder / "bad.nii", np.stack([blobs(), blobs()], -1), np.eye(4))
-    return "bad", "four-dimensional", f"{path}: one 3D volume is needed, but the file holds (36, 48, 32, 2)"
+    uids = {"StudyInstanceUID": "1.2", "SeriesInstanceUID": "1.2.3", "FrameOfReferenceUID": "1.2.4"}
+    same = {**uids, "InstanceNumber": 1, "ContentTime": ""}  # two volumes, and nothing tells their images apart
+    for prefix, array in (("A", blobs()), ("B", 1 + blobs())):
+        write_dicom_series(folder / "bad", array, np.eye(4), prefix=prefix, **same)
+    return "bad/3_T1_test", "four-dimensional", "64 slices lie at 32 positions, 2 at each: several volumes"
 
 
 def _singular(folder):
@@ -323,6 +339,17 @@ def test_all_that_is_wrong_at_once(bundle, study, tmp_path):
         assert codes[f"{spoil.__name__}/{case}"] == code
 
 
+def test_of_a_4d_image_the_first_volume_is_segmented(bundle, tmp_path):
+    path = write_nifti(tmp_path / "in/four.nii", np.stack([blobs(), blobs()[::-1]], -1), np.eye(4))
+    result = medvit("predict", bundle, path, "-o", tmp_path / "out", "-f", "nifti")
+    assert f"{path}: the first of the 2 volumes of its file" in result.stderr
+    (record,) = manifest(tmp_path / "out")
+    assert (record["case"], record["outputs"]) == ("four_v0", ["four_v0_seg.nii.gz"])
+    assert record["notes"] == ["the first of the 2 volumes of its file"]
+    mask = np.asarray(nibabel.load(tmp_path / "out/four_v0_seg.nii.gz").dataobj)
+    assert np.array_equal(mask, expected_labels(blobs()))
+
+
 @pytest.mark.parametrize("content", ["nothing", "text", "absent"])
 def test_nothing_to_do(bundle, tmp_path, content):
     folder = tmp_path / "in"
@@ -332,14 +359,15 @@ def test_nothing_to_do(bundle, tmp_path, content):
         (folder / "notes.txt").write_text("hello")
     out = tmp_path / "out"
     reason = {
-        "nothing": "no DICOM series of modality MR and no NIfTI file found; there is: nothing at all",
-        "text": "there is: notes.txt: no DICOM, NIfTI, PNG, JPEG, TIFF or BMP file",
+        "nothing": "no NIfTI file and no MetaImage or NRRD file found; there is: nothing at all",
+        "text": "there is: notes.txt: no DICOM, NIfTI, NRRD, MetaImage, PNG, JPEG, TIFF or BMP file",
         "absent": "no such file or folder",
     }[content]
     for command in (("predict", bundle, folder, "-o", out), ("inspect", folder), ("convert", folder, "-o", out)):
-        result = medvit(*command, code=1)
+        aside = command[0] == "convert" and content == "text"  # every file is accounted for, and none of them failed
+        result = medvit(*command, code=0 if aside else 1)
         last = result.stderr.splitlines()[-1]
-        assert last.startswith(f"medvit: {folder}: no ")
+        assert last.startswith("0 written, 0 rejected, 1 set aside" if aside else f"medvit: {folder}: no ")
         if command[0] == "predict":
             assert reason in last
     (record,) = manifest(out)
@@ -462,7 +490,7 @@ def test_inspect_says_what_would_be_used(study):
         ["p1/3_T1_test", "dicom", "MR", "36×48×32", "1×1×1", "LPS", "32"],
         ["p2/scan", "nifti", "-", "36×48×32", "1×1×1", "PIR", "1"],
         ["set aside", "code", "why"],
-        [str(study / "notes.txt"), "not-an-image", "no DICOM, NIfTI, PNG, JPEG, TIFF or BMP file"],
+        [str(study / "notes.txt"), "not-an-image", "no DICOM, NIfTI, NRRD, MetaImage, PNG, JPEG, TIFF or BMP file"],
     ]
     assert result.stderr.splitlines()[-1] == "2 usable, 0 not usable, 1 files set aside"
 
@@ -523,15 +551,19 @@ def test_inspect_json_lines(study):
     write_nifti(study / "p2/four.nii", np.zeros((3, 3, 3, 2), np.int16), np.eye(4))
     write_nifti(study / "p2/hole.nii", np.zeros((3, 3, 3), np.int16), np.eye(4), sform_code=0, qform_code=0)
     (study / "notes.txt").write_text("hello")
-    lines = [json.loads(line) for line in medvit("inspect", study, "--json", code=1).stdout.splitlines()]
-    assert [(line["series"], line["status"], line["code"]) for line in lines] == [
-        ("p1/3_T1_test", "ok", None),
-        ("p2/four", "rejected", "four-dimensional"),
-        ("p2/hole", "warning", "notes"),
-        ("p2/scan", "ok", None),
-        (None, "set-aside", "not-an-image"),
+    lines = [json.loads(line) for line in medvit("inspect", study, "--json").stdout.splitlines()]
+    assert [(line["series"], line["status"], line["code"], line.get("parameters")) for line in lines] == [
+        ("p1/3_T1_test", "ok", None, None),
+        ("p2/four_v0", "ok", None, {"time_point": 0.0}),
+        ("p2/four_v1", "ok", None, {"time_point": 1.0}),
+        ("p2/hole", "warning", "notes", None),
+        ("p2/scan", "ok", None, None),
+        (None, "set-aside", "not-an-image", None),
     ]
-    assert lines[3] == {
+    assert [(line["volume"], line["volumes"], line["files"]) for line in lines[1:3]] == [
+        (n, 2, [str(study / "p2/four.nii")]) for n in range(2)
+    ]
+    assert lines[4] == {
         "status": "ok",
         "code": None,
         "reason": None,
@@ -543,11 +575,12 @@ def test_inspect_json_lines(study):
         "orientation": "PIR",
     }
     assert len(lines[0]["files"]) == 32
-    assert "neither sform nor qform" in lines[2]["reason"]
+    assert "neither sform nor qform" in lines[3]["reason"]
 
 
 def test_convert_json_lines(study, tmp_path):
     write_nifti(study / "p2/four.nii", np.zeros((3, 3, 3, 2), np.int16), np.eye(4))
+    write_nifti(study / "p2/gone.nii", np.zeros((3, 3, 3), np.int16), np.eye(4), srow_x=[0, 0, 0, 0], qform_code=0)
     (study / "notes.txt").write_text("hello")
     result = medvit("convert", study, "-o", tmp_path / "nii", "--json", code=1)
     lines = [json.loads(line) for line in result.stdout.splitlines()]
@@ -555,16 +588,20 @@ def test_convert_json_lines(study, tmp_path):
     assert [{key: value for key, value in line.items() if key != "output"} for line in lines] == inspected
     assert [line["output"] for line in lines] == [
         str(tmp_path / "nii/p1/3_T1_test.nii.gz"),
+        str(tmp_path / "nii/p2/four_v0.nii.gz"),
+        str(tmp_path / "nii/p2/four_v1.nii.gz"),
         None,
         str(tmp_path / "nii/p2/scan.nii.gz"),
         None,
     ]
     assert result.stderr.splitlines() == [
-        "1/4 p1/3_T1_test: ok",
-        "2/4 p2/four: rejected",
-        "3/4 p2/scan: ok",
-        f"4/4 {study / 'notes.txt'}: set-aside",
-        "2 written, 1 rejected, 1 set aside",
+        "1/6 p1/3_T1_test: ok",
+        "2/6 p2/four_v0: ok",
+        "3/6 p2/four_v1: ok",
+        "4/6 p2/gone: rejected",
+        "5/6 p2/scan: ok",
+        f"6/6 {study / 'notes.txt'}: set-aside",
+        "4 written, 1 rejected, 1 set aside",
     ]
     image = nibabel.load(lines[0]["output"])
     assert np.array_equal(np.asarray(image.dataobj), blobs())
@@ -603,6 +640,136 @@ def test_names_that_are_no_utf8(tmp_path):
     assert r"caf\udce9" in medvit("inspect", tmp_path).stdout
     (line,) = medvit("convert", tmp_path, "-o", tmp_path / "out", "--json").stdout.splitlines()
     assert json.loads(line)["files"] == [str(path)]
+
+
+def lines_of(*arguments, code=0):
+    return [json.loads(line) for line in medvit(*arguments, "--json", code=code).stdout.splitlines()]
+
+
+def test_convert_to_one_4d_file(tmp_path):
+    arrays = arrays_of(3)
+    write_volumes(tmp_path / "in", arrays, make_affine("oblique"), *[{"EchoTime": n + 1} for n in range(3)])
+    assert len(lines_of("convert", tmp_path / "in", "-o", tmp_path / "each")) == 3
+    (line,) = lines_of("convert", tmp_path / "in", "-o", tmp_path / "all", "--4d")
+    assert (line["status"], line["volumes"], line["volume"]) == ("ok", 3, None)
+    image = nibabel.load(line["output"])
+    assert np.array_equal(np.asarray(image.dataobj), np.stack(arrays, -1))
+    assert np.abs(image.affine - make_affine("oblique")).max() < 1e-5
+
+
+def test_convert_tilted_slices(bundle, tmp_path):
+    """Kept with a warning; upright or refused on request; refused by networks, in that the others are done."""
+    array = phantom((8, 7, 12))
+    write_dicom_series(tmp_path / "in", array, tilted_affine(14))
+    (kept,) = lines_of("convert", tmp_path / "in", "-o", tmp_path / "keep")
+    assert kept["status"] == "warning" and "sheared by 14.00 degrees" in kept["reason"]
+    assert np.abs(nibabel.load(kept["output"]).affine - tilted_affine(14)).max() < 1e-5
+    (upright,) = lines_of("convert", tmp_path / "in", "-o", tmp_path / "up", "--tilt", "resample")
+    assert upright["status"] == "warning" and upright["shape"][1] > 7
+    axes = nibabel.load(upright["output"]).affine[:3, :3] / upright["spacing"]
+    assert np.abs(axes.T @ axes - np.eye(3)).max() < 1e-5
+    (refused,) = lines_of("convert", tmp_path / "in", "-o", tmp_path / "no", "--tilt", "refuse", code=1)
+    assert (refused["status"], refused["code"], refused["output"]) == ("rejected", "gantry-tilt", None)
+    assert not (tmp_path / "no").exists()
+    write_nifti(tmp_path / "in/scan.nii", blobs(), np.eye(4))
+    medvit("predict", bundle, tmp_path / "in", "-o", tmp_path / "out", "-f", "nifti", code=1)
+    code, reason = failure(tmp_path / "out", "3_T1_test")
+    assert code == "gantry-tilt" and "medvit convert --tilt resample" in reason
+    assert (tmp_path / "out/scan_seg.nii.gz").is_file()
+
+
+def test_convert_uneven_slices(tmp_path):
+    array = phantom((7, 6, 9))
+    files = write_dicom_series(tmp_path / "in", array, make_affine())
+    files[5].unlink()
+    (line,) = lines_of("convert", tmp_path / "in", "-o", tmp_path / "no", code=1)
+    assert (line["status"], line["code"], len(line["files"])) == ("rejected", "missing-slice", 8)
+    assert (
+        "1 of 9 slices are missing: slices are 2.5 mm apart, but there is a gap between -50 and -45" in line["reason"]
+    )
+    (line,) = lines_of("convert", tmp_path / "in", "-o", tmp_path / "even", "--uneven", "resample")
+    stored = np.asarray(nibabel.load(line["output"]).dataobj)
+    assert np.array_equal(np.delete(stored, 5, 2), np.delete(array, 5, 2))
+    assert np.array_equal(stored[:, :, 5], (array[:, :, 4].astype(float) + array[:, :, 6]) / 2)
+    below, above = lines_of("convert", tmp_path / "in", "-o", tmp_path / "parts", "--uneven", "split")
+    assert np.array_equal(np.asarray(nibabel.load(below["output"]).dataobj), array[:, :, :5])
+    assert np.array_equal(np.asarray(nibabel.load(above["output"]).dataobj), array[:, :, 6:])
+    assert nibabel.load(above["output"]).affine[2, 3] == pytest.approx(-60 + 6 * 2.5)
+    medvit("convert", tmp_path / "in", "-o", tmp_path / "x", "--uneven", "guess", code=2)
+    medvit("convert", tmp_path / "in", "-o", tmp_path / "x", "--tilt", "guess", code=2)
+
+
+def test_convert_a_zipped_study(study, tmp_path):
+    shutil.make_archive(str(tmp_path / "zips/study"), "zip", study)
+    lines = lines_of("convert", tmp_path / "zips", "-o", tmp_path / "nii")
+    assert [(line["status"], line["series"]) for line in lines] == [
+        ("ok", "study/p1/3_T1_test"),
+        ("ok", "study/p2/scan"),
+        ("set-aside", None),
+    ]
+    assert np.array_equal(np.asarray(nibabel.load(lines[0]["output"]).dataobj), blobs())
+    assert lines[1]["files"] == [str(tmp_path / "zips/study.zip/p2/scan.nii.gz")]
+
+
+def test_exit_statuses_of_convert(tmp_path):
+    """0 with warnings and files set aside, 1 as soon as one is rejected, 2 for wrong usage; one never stops another."""
+    folder = tmp_path / "in"
+    write_dicom_series(folder / "tilted", phantom((8, 7, 12)), tilted_affine(14))
+    write_flat(folder / "x.dcm", np.zeros((1, 6, 8), np.uint8), "1", "CR")
+    (folder / "notes.txt").write_text("hello")
+    lines = lines_of("convert", folder, "-o", tmp_path / "a")
+    assert [line["status"] for line in lines] == ["warning", "warning", "set-aside"]
+    write_dicom_series(folder / "gap", phantom(), make_affine())[2].unlink()
+    lines = lines_of("convert", folder, "-o", tmp_path / "b", code=1)
+    assert [line["status"] for line in lines] == ["warning", "rejected", "warning", "set-aside"]
+    assert sum(line["output"] is not None for line in lines) == 2
+    medvit("convert", folder, "--4d", code=2)
+
+
+def test_a_mosaic_and_a_multi_frame_object_are_segmented_on_their_own_slices(bundle, tmp_path):
+    """The first volume of several; the SEG refers to the frames it was made of."""
+    affine = make_affine("oblique", (1, 1, 1))
+    write_siemens_mosaic(tmp_path / "in/mosaic/m.dcm", blobs(), affine, StudyDescription="x")
+    shared = {**measures_group(affine), **orientation_group(affine)}
+    arrays = [blobs(), blobs()[::-1]]
+    groups = [
+        {**position_group(affine, k), "FrameContentSequence": nested(TemporalPositionIndex=n + 1)}
+        for n in range(2)
+        for k in range(32)
+    ]
+    images = [array[:, :, k] for array in arrays for k in range(32)]
+    write_multiframe(tmp_path / "in/enhanced/e.dcm", images, groups, shared, SeriesInstanceUID="1.2.77")
+    out = tmp_path / "out"
+    medvit("predict", bundle, tmp_path / "in", "-o", out, "-f", "nifti")
+    for case in ("mosaic/3_T1_test", "enhanced/3_T1_test_v0"):
+        mask = nibabel.load(out / f"{case}_seg.nii.gz")
+        assert np.array_equal(np.asarray(mask.dataobj), expected_labels(blobs()))
+        assert np.abs(mask.affine - affine).max() < 1e-5
+    notes = {record["case"]: record["notes"] for record in manifest(out)}
+    assert notes["mosaic/3_T1_test"] == []
+    assert notes["enhanced/3_T1_test_v0"] == ["the first of 2 volumes of its series (temporal_position 1)"]
+
+
+def test_convert_without_identifiers(tmp_path):
+    """DICOM again, one record and one line of progress per file; what is no DICOM is set aside."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    array = phantom()
+    write_dicom_series(folder, array, make_affine("oblique"), **PATIENT)
+    write_nifti(folder / "scan.nii", array, np.eye(4))
+    (folder / "notes.txt").write_text("hello")
+    result = medvit("convert", folder, "-o", out, "--deidentify", "--json")
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(line["status"], line["code"]) for line in lines[5:]] == [
+        ("set-aside", "not-dicom"),
+        ("set-aside", "not-an-image"),
+    ]
+    assert [line["output"] is not None for line in lines] == [True] * 5 + [False] * 2
+    assert sorted(line["files"][0] for line in lines) == sorted(str(path) for path in folder.iterdir())
+    assert [line.split()[0] for line in result.stderr.splitlines()[:-1]] == [f"{n}/7" for n in range(1, 8)]
+    (line,) = lines_of("convert", out, "-o", tmp_path / "nii")
+    assert np.array_equal(np.asarray(nibabel.load(line["output"]).dataobj), array)
+    said = result.output + "".join(tree(out)) + "".join(data.decode("latin-1") for data in tree(out).values())
+    assert [secret for secret in SECRETS if secret in said.lower()] == []
 
 
 # ---- bundles and verify

@@ -27,7 +27,8 @@ def labelled_cases(dataset_dir: str | Path, split: str, others: Sequence[str] = 
     Raises:
         NothingFound: no table, a column that lacks, no case in that split, or a file of one that is not there.
         SpaceMismatch: an image and its label or mask that, by their headers, do not lie on one grid.
-        UnreadableFile, UnreadableSeries: a file that cannot be used; a label or mask in colours.
+        UnreadableFile, UnreadableSeries: a file that cannot be used or holds several volumes; a label or mask in
+            colours.
     """
     table = Path(dataset_dir) / "cases.csv"
     if not table.is_file():
@@ -77,6 +78,9 @@ def _header(file: Path) -> tuple[Series, Space]:
         raise UnreadableFile(
             file, "an image is needed, but this is neither DICOM nor NIfTI nor a photograph; correct the table"
         )
+    if len(series) > 1:
+        reason = f"one volume is needed, but the file holds {len(series)}; save the one that is meant alone"
+        raise UnreadableSeries(file, "four-dimensional", reason)
     problem, space = series[0].problem, series[0].space
     if problem is not None or space is None:
         raise problem or AssertionError("a series has a space or a problem")

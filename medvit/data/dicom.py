@@ -7,7 +7,6 @@ on real folders.
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,28 +14,34 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pydicom
 
+from medvit.data import doubts
 from medvit.data.frames import Frame, Label
 from medvit.data.headers import Header, NotAnImage, read_header
 from medvit.data.pixels import Pixels, decode
-from medvit.data.regrid import AS_IT_IS, Repairs, between, even_heights, straighten
+from medvit.data.regrid import AS_IT_IS, Repairs, between, even_heights, even_stack, straighten
 from medvit.data.slices import Plane, Stack, arrange
-from medvit.data.space import LPS_TO_RAS, Space
+from medvit.data.space import Space
 from medvit.data.volume import Source, Volume
 from medvit.data.volumes import Part, by_kind, places, separate
 from medvit.errors import MedvitError, UnreadableFile, UnreadableSeries
 
 Image = tuple[Header, Frame]
 _NETWORK = Repairs(tilt="refuse")
+_AGREED = ("frame_of_reference", "sop_class")
+_ANY_MATRIX = ("truncated", "unknown-class")  # defects by which a matrix is not to be trusted
 
 
 @dataclass(frozen=True)
 class Group:
-    """Images of one series that may form volumes together, and broken files that may have been slices of them."""
+    """Images of one series that may form volumes together, and broken files that may have been slices of them.
+
+    ``notes`` are what a person should know of how they were grouped.
+    """
 
     images: tuple[Image, ...]
     broken: tuple[Header, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def first(self) -> Header:
@@ -136,15 +141,20 @@ def group_series(headers: Iterable[Header]) -> list[Group]:
     groups: list[Group] = []
     for members in by_uid.values():
         groups += _split(members)
+    places = [[(header.path, frame.plane) for header, frame in group.images if frame.plane] for group in groups]
+    groups = [replace(group, notes=notes) for group, notes in zip(groups, doubts.strays(places), strict=True)]
     return sorted(groups, key=lambda group: group.headers[0].path)
 
 
 def _split(members: Sequence[Header]) -> list[Group]:
     """Split one series UID by what slices of one volume must share."""
     clusters: dict[Any, list[list[Image]]] = defaultdict(list)
+    values = {name: {value for one in members if (value := getattr(one, name))} for name in _AGREED}
+    agreed = {name: some.pop() for name, some in values.items() if len(some) == 1}
     for header in members:
+        kind = _kind(header, agreed)
         for frame in () if header.defect else header.frames:
-            _join(clusters[_kind(header, members)], (header, frame))
+            _join(clusters[kind], (header, frame))
     groups = [Group(tuple(cluster)) for alike in clusters.values() for cluster in alike]
     kinds: dict[Any, list[Header]] = defaultdict(list)
     for header in members:
@@ -157,15 +167,10 @@ def _split(members: Sequence[Header]) -> list[Group]:
     return groups + [Group((), tuple(broken)) for broken in kinds.values()]
 
 
-def _kind(header: Header, members: Sequence[Header]) -> tuple[object, ...]:
+def _kind(header: Header, agreed: dict[str, str]) -> tuple[object, ...]:
     """What images of one volume share; a file that does not say is taken to agree where all others agree."""
-
-    def agreed(name: str) -> object:
-        values = {value for one in members if (value := getattr(one, name))}
-        return next(iter(values)) if len(values) == 1 else getattr(header, name)
-
     alone = header.path if header.flat else None
-    shared = (agreed("frame_of_reference"), agreed("sop_class"))
+    shared = (agreed.get(name, getattr(header, name)) for name in _AGREED)
     return header.matrix, *shared, header.localizer, header.mosaic, alone
 
 
@@ -181,11 +186,8 @@ def _join(clusters: list[list[Image]], image: Image) -> None:
 
 def _home(header: Header, groups: Sequence[Group]) -> int | None:
     """Number of the group that a broken file was probably a part of."""
-    code = header.defect[0] if header.defect else ""
-    if code not in ("truncated", "no-geometry"):
-        return None
     homes = [n for n, group in enumerate(groups) if group.first.matrix == header.matrix]
-    if not homes and code == "truncated":
+    if not homes and header.defect and (header.defect[0] in _ANY_MATRIX or 0 in header.matrix):
         homes = list(range(len(groups)))
     return max(homes, key=lambda n: len(groups[n].images), default=None)
 
@@ -207,6 +209,7 @@ def assemble(
     """
     images = group.images
     notes = tuple(dict.fromkeys(note for header in group.headers for note in header.notes))
+    notes += group.notes + doubts.disagreements([h.alike for h in group.headers], [f.scale for _, f in images])
     files = tuple(header.path for header in group.headers)
     problem = _incomplete(group, series, lost)
     if problem is not None:
@@ -214,6 +217,8 @@ def assemble(
     colour = group.first.matrix[2] == 3
     if group.first.flat:
         return [_flat(group.first, notes, colour)]
+    if colour:  # between colours there is no colour
+        repairs = Repairs(repairs.tilt.replace("resample", "keep"), repairs.uneven.replace("resample", "refuse"))
     planes = [frame.plane for _, frame in images if frame.plane]
     frames = [frame for _, frame in images]
     where = places(planes)
@@ -275,10 +280,8 @@ def _volume(images: Sequence[Image], part: Part, series: str, repairs: Repairs) 
     planes = [frame.plane for _, frame in chosen if frame.plane]
     try:
         _require_one_unit(chosen, series)
-        stack = arrange(planes, series, chosen[0][1].thickness)
+        stack, heights = _stack(planes, series, chosen[0][1].thickness, repairs)
     except UnreadableSeries as problem:
-        if problem.code in ("uneven-slices", "missing-slice") and repairs.uneven == "resample":
-            return _evened(chosen, planes, known)
         return Assembly(files, problem=problem, **known)
     ordered = [chosen[n] for n in stack.order]
     notes, upright = stack.notes, True
@@ -290,14 +293,24 @@ def _volume(images: Sequence[Image], part: Part, series: str, repairs: Repairs) 
             return Assembly(files, problem=tilted, **known)
         upright = repairs.tilt == "keep"
         notes += (f"{what}, and so is its grid: programs that take it for upright are wrong",) if upright else ()
-    space = _space(planes[0], stack, len(ordered), ordered[0][0])
+    count = len(even_heights(heights)) if heights else len(ordered)
+    frame_of_reference = next((one.frame_of_reference for one, _ in ordered if one.frame_of_reference), None)
+    space = Space.from_affine((*planes[0].shape, count), stack.affine, frame_of_reference)
     numbers = tuple(frame.number for _, frame in ordered)
     files = tuple(header.path for header, _ in ordered)
-    return Assembly(files, numbers, space=space, notes=notes, upright=upright, **known)
+    return Assembly(files, numbers, space=space, notes=notes, heights=heights, upright=upright, **known)
 
 
-def _space(plane: Plane, stack: Stack, count: int, header: Header) -> Space:
-    return Space.from_affine((*plane.shape, count), stack.affine, header.frame_of_reference)
+def _stack(
+    planes: Sequence[Plane], series: str, thickness: float | None, repairs: Repairs
+) -> tuple[Stack, tuple[float, ...]]:
+    """The planes in order, and their heights if these are uneven and to be resampled."""
+    try:
+        return arrange(planes, series, thickness), ()
+    except UnreadableSeries as problem:
+        if problem.code in ("uneven-slices", "missing-slice") and repairs.uneven == "resample":
+            return even_stack(planes, series)
+        raise
 
 
 def _require_one_unit(images: Sequence[Image], series: str) -> None:
@@ -306,32 +319,6 @@ def _require_one_unit(images: Sequence[Image], series: str) -> None:
     if len(units) > 1:
         reason = f"slices of one volume must share one unit, but RescaleType is {sorted(map(str, units))}"
         raise UnreadableSeries(series, "units-vary", f"{reason}; export the series again")
-
-
-def _evened(images: Sequence[Image], planes: Sequence[Plane], known: dict[str, Any]) -> Assembly:
-    """Slices at uneven distances, to be interpolated at even ones."""
-    across, down = (np.mean([getattr(plane, name) for plane in planes], axis=0) for name in ("across", "down"))
-    normal = np.cross(across, down)
-    normal /= np.linalg.norm(normal)
-    positions = np.array([plane.position for plane in planes])
-    order = np.argsort(positions @ normal, kind="stable")
-    heights = tuple(float(h) for h in (positions @ normal)[order])
-    even = even_heights(heights)
-    affine = np.eye(4)
-    spacing = planes[0].spacing
-    step = (positions[order[-1]] - positions[order[0]]) / (len(even) - 1)
-    affine[:3] = np.column_stack([across * spacing[0], down * spacing[1], step, positions[order[0]]])
-    space = Space.from_affine((*planes[0].shape, len(even)), LPS_TO_RAS @ affine, images[0][0].frame_of_reference)
-    note = f"its {len(heights)} slices at uneven distances were resampled to {len(even)} even ones"
-    ordered = [images[n] for n in order]
-    return Assembly(
-        tuple(header.path for header, _ in ordered),
-        tuple(frame.number for _, frame in ordered),
-        space=space,
-        notes=(note,),
-        heights=heights,
-        **known,
-    )
 
 
 def _runs(images: Sequence[Image], where: Sequence[int], series: str, repairs: Repairs) -> list[Assembly]:
@@ -354,19 +341,21 @@ def _runs(images: Sequence[Image], where: Sequence[int], series: str, repairs: R
 
 
 def without_duplicates(group: Group) -> tuple[Group, tuple[Path, ...]]:
-    """The group without copies of a file: same instance UID, place and pixels; and these copies.
+    """The group without copies of a file: same place, same labels and time, and same pixels; and these copies.
 
-    Pixels are read for suspects only.
+    Pixels are read for suspects only. Copies may be compressed otherwise, or have new instance UIDs.
     """
     suspects: dict[Any, list[Header]] = defaultdict(list)
     for header in {header.path: header for header, _ in group.images}.values():
-        suspects[header.instance_uid, header.plane and header.plane.position].append(header)
+        first = header.frames[0]
+        place = first.plane and first.plane.position
+        suspects[place, first.labels, first.time, len(header.frames)].append(header)
     dropped: dict[Path, None] = {}  # in order, and quick to ask
     for copies in suspects.values():
         if len(copies) > 1 and copies[0].plane:
             seen: set[bytes] = set()
             for header in copies:
-                pixels = _stored_bytes(header.path)
+                pixels = _digest(header.path)
                 if pixels is not None and pixels in seen:
                     dropped[header.path] = None
                 elif pixels is not None:
@@ -380,15 +369,15 @@ def duplicates_note(dropped: Sequence[Path]) -> str:
     return f"duplicates of other files ignored: {len(dropped)} ({dropped[0].name}{', ...' if len(dropped) > 1 else ''})"
 
 
-def _stored_bytes(path: Path) -> bytes | None:
-    """Digest of the stored pixels and of what scales them, None if they cannot be read."""
+def _digest(path: Path) -> bytes | None:
+    """Of all values of a file, None if they cannot be read: what is corrupt is no proven copy."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ds = pydicom.dcmread(path, force=True)
-        scale = f"{ds.get('RescaleSlope')} {ds.get('RescaleIntercept')}"
-        return hashlib.sha256(scale.encode() + ds.PixelData).digest()
-    except Exception:  # a corrupt file is no proven duplicate; reading its pixels will say what is wrong
+        pixels = decode(path)
+        digest = hashlib.sha256()
+        for number in range(pixels.shape[0]):
+            digest.update(pixels.rescaled(number).tobytes())
+        return digest.digest()
+    except MedvitError:
         return None
 
 

@@ -7,6 +7,7 @@ dcm2niix documents them (Li et al., 2016).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -14,12 +15,15 @@ from math import ceil, isfinite, sqrt
 from typing import Any
 
 import numpy as np
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 
+from medvit.data.attributes import Attributes
 from medvit.data.slices import Plane
 
 Label = float | str
+Place = Dataset | Attributes  # where attributes stand: at the top level, or in an item
 
 # What may tell volumes at the same place apart, in the order in which it is tried. The first kinds are different
 # images, which may cover different slices; the others are repetitions of one image.
@@ -30,12 +34,13 @@ REPETITIONS = (
 )
 LABELS = KINDS + REPETITIONS
 
+_CONTROL = re.compile(r"[\0-\x1f\x7f-\x9f]")
 _SIEMENS, _GE, _PHILIPS, _UIH = 0x0019, 0x0043, 0x2001, 0x0065
 _B_VALUES = {_SIEMENS: 0x100C, _GE: 0x1039, _PHILIPS: 0x1003, _UIH: 0x1009}
 _GE_B_VALUE_OFFSET = 1_000_000_000  # added by scanners that store the direction of the weighting elsewhere
 _PRIVATE = [(group << 16) + element for group, element in _B_VALUES.items()]
-_CSA, _UIH_SLICES = 0x00291010, 0x00651051
-MOSAIC_TAGS = (_CSA, 0x00290010, _UIH_SLICES, 0x00650010)
+_CSA, _UIH_SLICES, _UIH_COUNT = 0x00291010, 0x00651051, 0x00651050
+MOSAIC_TAGS = (_CSA, 0x00290010, _UIH_SLICES, _UIH_COUNT, 0x00650010)
 
 TAGS: tuple[str | int, ...] = (
     *("InstanceNumber", "AcquisitionNumber", "AcquisitionDateTime", "AcquisitionDate", "AcquisitionTime"),
@@ -43,6 +48,7 @@ TAGS: tuple[str | int, ...] = (
     *("ComplexImageComponent", "RescaleType", "TemporalPositionIdentifier", "TemporalPositionIndex", "TriggerTime"),
     *("NominalCardiacTriggerDelayTime", "DiffusionBValue", "DiffusionGradientOrientation", "SpacingBetweenSlices"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "DimensionIndexSequence"),
+    *("RescaleSlope", "RescaleIntercept"),
     *_PRIVATE,
 )
 
@@ -61,6 +67,7 @@ class Frame:
         labels: values of :data:`LABELS`, None where unknown.
         time: seconds of its acquisition on some clock, None if unknown.
         thickness: SliceThickness in mm, None where it is missing or makes no sense.
+        scale: (RescaleSlope, RescaleIntercept), None where missing.
     """
 
     number: int
@@ -68,23 +75,24 @@ class Frame:
     labels: tuple[Label | None, ...]
     time: float | None
     thickness: float | None
+    scale: tuple[float | None, float | None] = (None, None)
 
     def label(self, name: str) -> Label | None:
         """Value of one of :data:`LABELS`."""
         return self.labels[LABELS.index(name)]
 
 
-def single_frame(ds: Dataset, matrix: Sequence[int], plane: bool = True) -> Frame:
+def single_frame(ds: Attributes, matrix: Sequence[int], plane: bool = True) -> Frame:
     """The image of a classic file, ``matrix`` = (rows, columns, ...); without a plane if that is not asked for.
 
     Raises:
         NoPlace: a plane is asked for, and its tags do not give one.
     """
     groups = _Groups(ds, (ds,))
-    return Frame(0, _plane(groups, matrix) if plane else None, _labels(groups), _time(groups), _thickness(groups))
+    return _frame(groups, _plane(groups, matrix) if plane else None)
 
 
-def functional_frames(ds: Dataset, count: int, matrix: Sequence[int], plane: bool = True) -> tuple[Frame, ...]:
+def functional_frames(ds: Attributes, count: int, matrix: Sequence[int], plane: bool = True) -> tuple[Frame, ...]:
     """Frames of a multi-frame object: per-frame functional groups before shared ones before the top level.
 
     Raises:
@@ -97,9 +105,16 @@ def functional_frames(ds: Dataset, count: int, matrix: Sequence[int], plane: boo
     frames = []
     for number in range(count):
         groups = _Groups(ds, (*each[number : number + 1], *shared[:1], ds), number)
-        where = _plane(groups, matrix) if plane else None
-        frames.append(Frame(number, where, _labels(groups), _time(groups), _thickness(groups)))
+        frames.append(_frame(groups, _plane(groups, matrix) if plane else None))
     return tuple(frames)
+
+
+def _frame(groups: _Groups, plane: Plane | None) -> Frame:
+    slope, intercept = (
+        _exact(groups.get(keyword, "PixelValueTransformationSequence"))
+        for keyword in ("RescaleSlope", "RescaleIntercept")
+    )
+    return Frame(groups.number, plane, _labels(groups), _time(groups), _thickness(groups), (slope, intercept))
 
 
 def is_mosaic(image_type: Sequence[str]) -> bool:
@@ -141,7 +156,7 @@ def _siemens_places(ds: Dataset, matrix: Sequence[int]) -> list[Plane]:
     step = _exact(ds.get("SpacingBetweenSlices")) or _exact(ds.get("SliceThickness"))
     if count > 1 and (step is None or step <= 0):
         raise NoPlace(f"the tiles of a mosaic need SpacingBetweenSlices, got {step}")
-    shape = _tile(matrix, count)
+    shape = _tile(matrix, count, full=True)
     # ImagePositionPatient is that of a tile as large as the mosaic, around the same centre
     corner = np.array(whole.position)
     for axis, (direction, full, part) in enumerate(zip((across, down), whole.shape, shape, strict=True)):
@@ -151,16 +166,23 @@ def _siemens_places(ds: Dataset, matrix: Sequence[int]) -> list[Plane]:
 
 
 def _uih_places(ds: Dataset, slices: Sequence[Dataset], matrix: Sequence[int]) -> list[Plane]:
-    shape = _tile(matrix, len(slices))
+    count = ds.get(_UIH_COUNT)
+    if count is not None and _exact(count.value) != len(slices):
+        raise NoPlace(f"its private header places {len(slices)} tiles and counts {_exact(count.value)}")
+    shape = _tile(matrix, len(slices), full=False)
     return [_plane(_Groups(ds, (one, ds)), (shape[1], shape[0])) for one in slices]
 
 
-def _tile(matrix: Sequence[int], count: int) -> tuple[int, int]:
-    """(columns, rows) of a tile: as many tiles side by side as a square of them needs, and that many rows, or fewer."""
+def _tile(matrix: Sequence[int], count: int, full: bool) -> tuple[int, int]:
+    """(columns, rows) of a tile: as many tiles side by side as a square of them needs, and as few rows as hold them.
+
+    ``full``: the square is filled up, as Siemens does, unless only fewer rows give square tiles.
+    """
     side = ceil(sqrt(count))
     rows, columns = matrix[0], matrix[1]
-    for down in (side, ceil(count / side)):  # Siemens fills up the square, UIH does not
-        if columns % side == 0 and rows % down == 0 and (down == side or rows // down == columns // side):
+    ways = (side, ceil(count / side)) if full else (ceil(count / side),)
+    for down in ways:
+        if columns % side == 0 and rows % down == 0 and (down == ways[0] or rows // down == columns // side):
             return columns // side, rows // down
     raise NoPlace(f"{columns} x {rows} pixels cannot hold {count} slices in rows of {side}")
 
@@ -173,19 +195,27 @@ def _at(plane: Plane, shape: tuple[int, int], position: np.ndarray) -> Plane:
 class _Groups:
     """Attributes of one frame, wherever they stand: in its own groups, the shared ones, or at the top level."""
 
-    def __init__(self, ds: Dataset, places: Sequence[Dataset], number: int = 0):
+    def __init__(self, ds: Place, places: Sequence[Place], number: int = 0):
         self.ds, self.places, self.number = ds, places, number
 
-    def get(self, keyword: str, *sequences: str) -> Any:
-        """Value of ``keyword`` in the first place that has it: in one of these sequences, or as it is."""
+    def get(self, keyword: str | int, *sequences: str) -> Any:
+        """Value of ``keyword`` in the first place that has it, in one of these sequences or as it is, else None."""
+        try:
+            return self.require(keyword, *sequences)
+        except Exception:  # values are parsed when they are asked for, and raise what they like
+            return None
+
+    def require(self, keyword: str | int, *sequences: str) -> Any:
+        """The same; raises what a damaged value raises."""
         for place in self.places:
             for item in self._items(place, sequences):
                 value = item.get(keyword)
+                value = value.value if isinstance(value, DataElement) else value  # of a tag that has no keyword
                 if value is not None and value != "":
                     return value
         return None
 
-    def _items(self, place: Dataset, sequences: Sequence[str]) -> Iterator[Dataset]:
+    def _items(self, place: Place, sequences: Sequence[str]) -> Iterator[Place]:
         for name in sequences:
             items = place.get(name)
             if items:
@@ -194,17 +224,18 @@ class _Groups:
 
 
 def _plane(groups: _Groups, matrix: Sequence[int]) -> Plane:
-    position = _numbers(groups.get("ImagePositionPatient", "PlanePositionSequence"), "ImagePositionPatient", 3)
-    orientation = groups.get("ImageOrientationPatient", "PlaneOrientationSequence")
-    spacing = groups.get("PixelSpacing", "PixelMeasuresSequence")
+    def numbers(keyword: str, sequence: str, count: int) -> tuple[float, ...]:
+        try:
+            value = groups.require(keyword, sequence)
+        except Exception as error:
+            raise NoPlace(f"{keyword} holds no numbers") from error
+        return _numbers(value, keyword, count)
+
+    position = numbers("ImagePositionPatient", "PlanePositionSequence", 3)
+    orientation = numbers("ImageOrientationPatient", "PlaneOrientationSequence", 6)
+    spacing = numbers("PixelSpacing", "PixelMeasuresSequence", 2)
     try:
-        return Plane.from_dicom(
-            matrix[0],
-            matrix[1],
-            position,
-            _numbers(orientation, "ImageOrientationPatient", 6),
-            _numbers(spacing, "PixelSpacing", 2),
-        )
+        return Plane.from_dicom(matrix[0], matrix[1], position, orientation, spacing)
     except ValueError as error:
         raise NoPlace(str(error)) from error
 
@@ -237,41 +268,44 @@ def _labels(groups: _Groups) -> tuple[Label | None, ...]:
         _text(groups.get("ConvolutionKernel", "CTReconstructionSequence")),
         _number(groups.get("KVP", "CTXRayDetailsSequence")),
         _text(groups.get("StackID", content)),
-        _number(groups.get("EffectiveEchoTime", "MREchoSequence") or groups.get("EchoTime")),
-        _number(groups.get("InversionTimes", "MRModifierSequence") or groups.get("InversionTime")),
+        _number(_either(groups.get("EffectiveEchoTime", "MREchoSequence"), groups.get("EchoTime"))),
+        _number(_either(groups.get("InversionTimes", "MRModifierSequence"), groups.get("InversionTime"))),
         _number(groups.get("FlipAngle", "MRTimingAndRelatedParametersSequence")),
         _b_value(groups),
         _b_vector(groups),
-        _number(groups.get("TemporalPositionIndex", content) or groups.get("TemporalPositionIdentifier")),
+        _number(_either(groups.get("TemporalPositionIndex", content), groups.get("TemporalPositionIdentifier"))),
         _number(
-            groups.get("NominalCardiacTriggerDelayTime", "CardiacSynchronizationSequence") or groups.get("TriggerTime")
+            _either(
+                groups.get("NominalCardiacTriggerDelayTime", "CardiacSynchronizationSequence"),
+                groups.get("TriggerTime"),
+            )
         ),
         _dimension(groups),
-        _number(groups.get("FrameAcquisitionNumber", content) or groups.get("AcquisitionNumber")),
-        _number(groups.ds.get("InstanceNumber")),
+        _number(_either(groups.get("FrameAcquisitionNumber", content), groups.get("AcquisitionNumber"))),
+        _number(groups.get("InstanceNumber")),
     )
+
+
+def _either(value: Any, other: Any) -> Any:
+    return other if value is None else value  # the value may be 0
 
 
 def _b_value(groups: _Groups) -> float | None:
     known = _number(groups.get("DiffusionBValue", "MRDiffusionSequence"))
     if known is not None:
         return known
-    for group, element in _B_VALUES.items():
-        found = groups.ds.get((group << 16) + element)
-        value = None if found is None else _number(found.value)
+    for group, tag in zip(_B_VALUES, _PRIVATE, strict=True):
+        value = _number(groups.get(tag))
         if value is not None:
             return value % _GE_B_VALUE_OFFSET if group == _GE else value
     return None
 
 
 def _b_vector(groups: _Groups) -> str | None:
-    value = None
-    for place in groups.places:
-        for diffusion in place.get("MRDiffusionSequence") or ():
-            for direction in diffusion.get("DiffusionGradientDirectionSequence") or ():
-                value = direction.get("DiffusionGradientOrientation")
-    value = groups.get("DiffusionGradientOrientation") if value is None else value
+    directions = groups.get("DiffusionGradientDirectionSequence", "MRDiffusionSequence")
     try:
+        nested = directions[0].get("DiffusionGradientOrientation") if directions else None
+        value = groups.get("DiffusionGradientOrientation") if nested is None else nested
         return None if value is None else " ".join(f"{float(part):.4g}" for part in value)
     except (TypeError, ValueError):
         return None
@@ -280,7 +314,7 @@ def _b_vector(groups: _Groups) -> str | None:
 def _dimension(groups: _Groups) -> str | None:
     """Dimension index values of a frame but those that say where it lies."""
     values = groups.get("DimensionIndexValues", "FrameContentSequence")
-    pointers = [item.get("DimensionIndexPointer") for item in groups.ds.get("DimensionIndexSequence") or ()]
+    pointers = [item.get("DimensionIndexPointer") for item in groups.get("DimensionIndexSequence") or ()]
     values = values if isinstance(values, MultiValue | list) else [values]
     if not pointers or len(values) != len(pointers):
         return None
@@ -290,17 +324,12 @@ def _dimension(groups: _Groups) -> str | None:
 
 
 def _time(groups: _Groups) -> float | None:
+    def moment(date: str, time: str) -> str:
+        return f"{groups.get(date) or '19000101'}{groups.get(time) or ''}"
+
     stamp = groups.get("FrameAcquisitionDateTime", "FrameContentSequence") or groups.get("AcquisitionDateTime")
-    ds = groups.ds
-    for text in (
-        stamp,
-        f"{ds.get('AcquisitionDate') or '19000101'}{ds.get('AcquisitionTime') or ''}",
-        f"{ds.get('ContentDate') or '19000101'}{ds.get('ContentTime') or ''}",
-    ):
-        seconds = _seconds(str(text or ""))
-        if seconds is not None:
-            return seconds
-    return None
+    texts = (str(stamp or ""), moment("AcquisitionDate", "AcquisitionTime"), moment("ContentDate", "ContentTime"))
+    return next((seconds for text in texts if (seconds := _seconds(text)) is not None), None)
 
 
 def _seconds(text: str) -> float | None:
@@ -314,10 +343,18 @@ def _seconds(text: str) -> float | None:
         return None
 
 
+def text_of(value: Any) -> str:
+    """A value as text, ``""`` for None.
+
+    It ends at the first control character: what follows is another element, which a damaged length made part of this
+    one, and may name the patient.
+    """
+    parts = value if isinstance(value, MultiValue | list) else ["" if value is None else value]
+    return _CONTROL.split("\\".join(map(str, parts)).strip("\0 "), maxsplit=1)[0].strip()
+
+
 def _text(value: Any) -> str | None:
-    if value is None or value == "":
-        return None
-    return "\\".join(str(part) for part in value) if isinstance(value, MultiValue | list) else str(value).strip()
+    return text_of(value) or None
 
 
 def _number(value: Any) -> float | None:
@@ -331,7 +368,7 @@ def _exact(value: Any) -> float | None:
     if isinstance(value, MultiValue | list | tuple):
         value = value[0] if len(value) else None
     if isinstance(value, bytes):  # a private tag whose type is unknown
-        text = not value.strip(b" 0123456789.-\\\0")
+        text = bool(value.strip(b"\0")) and not value.strip(b" 0123456789.-\\\0")
         value = value.decode().partition("\\")[0].strip("\0 ") if text else _binary(value)
     try:
         number = float(value)

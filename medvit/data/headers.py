@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -15,7 +16,8 @@ from pydicom.multival import MultiValue
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import UID
 
-from medvit.data import frames
+from medvit.data import doubts, frames
+from medvit.data.attributes import Attributes, read_attributes
 from medvit.data.frames import Frame
 from medvit.data.slices import Plane
 from medvit.errors import MedvitError, UnreadableFile
@@ -37,6 +39,7 @@ def _classes(*families: str) -> frozenset[str]:
 # Images that need no place in the patient to be used: projections, captures, photographs.
 FLAT_CLASSES = _classes(_CR_DX, _ULTRASOUND_CAPTURE, _ANGIOGRAPHIC, _VISIBLE_LIGHT)
 IMAGE_CLASSES = FLAT_CLASSES | _classes(_TOMOGRAPHIC)
+_RECENT_CLASSES = _classes("66.7 66.8")  # label maps and height maps, which pydicom has not heard of
 _FLAT_MODALITIES = ("CR", "DX", "MG", "IO", "PX", "RG", "RF", "XA", "US", "OP", "XC", "ES", "GM", "SM", "OT")
 
 _TAGS: list[BaseTag] = [
@@ -65,6 +68,7 @@ _TAGS: list[BaseTag] = [
         "NominalScannedPixelSpacing",
         "SequenceOfUltrasoundRegions",
         *frames.TAGS,
+        *doubts.TAGS,
     )
 ]
 
@@ -72,7 +76,8 @@ _TAGS: list[BaseTag] = [
 _PATIENT_TAGS = ("PatientName", "PatientID", "PatientBirthDate", "OtherPatientNames", "OtherPatientIDs")
 _SHORTEST_SECRET = 3  # characters; less would eat words such as "T1" of a patient called so
 
-_PIXEL_TAGS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
+_ALL_TAGS = frozenset(int(tag) for tag in (*_TAGS, *map(Tag, _PATIENT_TAGS)))
+_PIXEL_TAGS = frozenset((0x7FE00008, 0x7FE00009, 0x7FE00010))
 _UNDEFINED_LENGTH = 0xFFFFFFFF
 _MAX_COMPRESSION = 20_000  # bytes of pixels per byte of file; more is a forged header, not an image
 
@@ -97,6 +102,7 @@ class Header:
         pixel_spacing: of a flat image, mm between (columns, rows), None where unknown.
         notes: what a person should know.
         defect: (code, reason) why this file cannot be used, None if it can.
+        alike: what the files of its series should agree on, see :func:`medvit.data.doubts.alike`.
     """
 
     path: Path
@@ -116,6 +122,7 @@ class Header:
     pixel_spacing: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
     defect: tuple[str, str] | None = None
+    alike: tuple[str, ...] = ()
 
     @property
     def plane(self) -> Plane | None:
@@ -150,14 +157,7 @@ def read_header(path: str | Path) -> Header:
             start = file.read(132)
             if not looks_like_dicom(start):
                 raise UnreadableFile(path, "not a DICOM file" if start else "the file is empty")
-            file.seek(0)
-            ds = pydicom.dcmread(
-                file,
-                stop_before_pixels=True,
-                force=start[128:132] != b"DICM",
-                specific_tags=[*_TAGS, *map(Tag, _PATIENT_TAGS)],
-            )
-            return _header(path, ds, file)
+            return _header(path, read_attributes(file, _ALL_TAGS, _PIXEL_TAGS), file)
     except MedvitError:
         raise
     except OSError as error:
@@ -166,28 +166,34 @@ def read_header(path: str | Path) -> Header:
         raise UnreadableFile(path, f"corrupt DICOM header ({type(error).__name__}); get the file again") from error
 
 
-def _header(path: Path, ds: Dataset, file: BinaryIO) -> Header:
-    sop_class = _text(ds, "SOPClassUID") or str(getattr(ds.file_meta, "MediaStorageSOPClassUID", ""))
-    if sop_class and sop_class not in IMAGE_CLASSES:
+def _header(path: Path, ds: Attributes, file: BinaryIO) -> Header:
+    sop_class = _text(ds, "SOPClassUID") or ds.media_class
+    damaged = _is_damaged(sop_class)
+    if sop_class and sop_class not in IMAGE_CLASSES and not damaged:
         raise NotAnImage(path, f"a DICOM object that is not an image: {UID(sop_class).name}")
     rows, columns = _integer(ds, "Rows") or 0, _integer(ds, "Columns") or 0
     if not sop_class and not (rows and columns):
         raise UnreadableFile(path, "DICOM data without a SOP class or an image; get the file again")
     matrix = (rows, columns, _integer(ds, "SamplesPerPixel") or 1)
     image_type = [part.upper() for part in _text(ds, "ImageType").split("\\")]
+    series = "" if ds.is_cut("SeriesInstanceUID") else _text(ds, "SeriesInstanceUID")
     content = _Content(matrix)
     try:
+        if damaged:
+            raise _Defect("unknown-class", "its SOPClassUID is none that DICOM knows; get the file again")
         count = _integer(ds, "NumberOfFrames") or 1
         if shortfall := _pixel_shortfall(ds, rows * columns * matrix[2] * count, file):
             raise _Defect("truncated", shortfall)
         content = _content(ds, sop_class, image_type, matrix, count, path)
         defect = None
     except _Defect as found:
+        if not series and (found.code in ("truncated", "unknown-class") or not (rows and columns)):
+            raise UnreadableFile(path, found.reason) from found  # whatever it was a slice of
         defect = (found.code, found.reason)
     return Header(
         path,
         _text(ds, "StudyInstanceUID"),
-        _text(ds, "SeriesInstanceUID"),
+        series,
         _text(ds, "SOPInstanceUID"),
         sop_class,
         _text(ds, "Modality").upper(),
@@ -202,7 +208,16 @@ def _header(path: Path, ds: Dataset, file: BinaryIO) -> Header:
         content.pixel_spacing,
         content.notes,
         defect,
+        doubts.alike(ds),
     )
+
+
+@lru_cache(maxsize=256)
+def _is_damaged(sop_class: str) -> bool:
+    """True for what cannot be the class of an object; private ones are possible."""
+    uid = UID(sop_class)
+    unheard_of = uid.startswith("1.2.840.10008.") and uid.type != "SOP Class"  # in the root of the standard itself
+    return bool(sop_class) and uid not in _RECENT_CLASSES and (not uid.is_valid or unheard_of)
 
 
 class _Defect(Exception):
@@ -226,7 +241,7 @@ class _Content:
 
 
 def _content(
-    ds: Dataset, sop_class: str, image_type: list[str], matrix: tuple[int, int, int], count: int, path: Path
+    ds: Attributes, sop_class: str, image_type: list[str], matrix: tuple[int, int, int], count: int, path: Path
 ) -> _Content:
     """Raises _Defect where the images have no place but need one."""
     rows, columns, samples = matrix
@@ -235,12 +250,13 @@ def _content(
     if _text(ds, "PhotometricInterpretation").upper() == "PALETTE COLOR":
         matrix = (rows, columns, 3)
     flat = sop_class in FLAT_CLASSES or (not sop_class and _text(ds, "Modality").upper() in _FLAT_MODALITIES)
-    grouped = "PerFrameFunctionalGroupsSequence" in ds or UID(sop_class).name.startswith(("Enhanced", "Legacy Conv"))
+    grouped = "PerFrameFunctionalGroupsSequence" in ds or _is_enhanced(sop_class)
     try:
         if frames.is_mosaic(image_type) and count == 1:
             tiles = frames.mosaic_frames(_with_private(path), matrix)
             columns, rows = tiles[0].plane.shape if tiles[0].plane else (columns, rows)
-            return _Content((rows, columns, samples), tiles, mosaic=True)
+            stacked = len(tiles) > 1 and "VFRAME" not in image_type and not ds.get("SpacingBetweenSlices")
+            return _Content((rows, columns, samples), tiles, mosaic=True, notes=(_NO_STEP,) if stacked else ())
         if count == 1 and not grouped:
             return _Content(matrix, (frames.single_frame(ds, matrix),))
         if grouped:
@@ -269,6 +285,11 @@ def _content(
     return _Content(matrix, images, flat=True, pixel_spacing=spacing, notes=note)
 
 
+@lru_cache(maxsize=256)
+def _is_enhanced(sop_class: str) -> bool:
+    return UID(sop_class).name.startswith(("Enhanced", "Legacy Conv"))
+
+
 def _with_private(path: Path) -> Dataset:
     """The data set with the private headers that place the tiles of a mosaic; large, so read for mosaics only."""
     return pydicom.dcmread(
@@ -276,10 +297,11 @@ def _with_private(path: Path) -> Dataset:
     )
 
 
+_NO_STEP = "SpacingBetweenSlices is missing; SliceThickness stands for the distance between its slices"
 _CM = 3  # code of a unit in ultrasound regions
 
 
-def _flat_spacing(ds: Dataset) -> tuple[tuple[float, float] | None, tuple[str, ...]]:
+def _flat_spacing(ds: Attributes) -> tuple[tuple[float, float] | None, tuple[str, ...]]:
     """Spacing (columns, rows) in mm of an image without a place, and what to know of it."""
     unplaced = "its position and orientation in the patient are unknown"
     for keyword, note in (
@@ -306,12 +328,12 @@ def _flat_spacing(ds: Dataset) -> tuple[tuple[float, float] | None, tuple[str, .
     return None, (f"{unplaced}, and so is the size of a pixel",)
 
 
-def _pixel_shortfall(ds: Dataset, samples: int, file: BinaryIO) -> str | None:
+def _pixel_shortfall(ds: Attributes, samples: int, file: BinaryIO) -> str | None:
     """What is missing of the pixels, judged without reading them; ``file`` stands where the pixels should begin."""
-    syntax = getattr(ds.file_meta, "TransferSyntaxUID", None)
+    syntax = ds.syntax
     if syntax is not None and syntax.is_deflated:
         return None
-    implicit, little = ds.original_encoding
+    implicit, little = ds.dataset.original_encoding
     order: Literal["little", "big"] = "little" if little else "big"
     begin = file.tell()
     element = file.read(12)
@@ -334,7 +356,7 @@ def _pixel_shortfall(ds: Dataset, samples: int, file: BinaryIO) -> str | None:
     return None
 
 
-def _description(ds: Dataset) -> str:
+def _description(ds: Attributes) -> str:
     description = _text(ds, "SeriesDescription")
     secrets: set[str] = set()
     for keyword in _PATIENT_TAGS if description else ():
@@ -347,21 +369,18 @@ def _description(ds: Dataset) -> str:
     return description if kept == description else " ".join(kept.split()).strip(" ^_-,;")
 
 
-def _text(ds: Dataset, keyword: str) -> str:
-    value = ds.get(keyword)
-    if value is None:
-        return ""
-    return "\\".join(str(part) for part in value) if isinstance(value, MultiValue) else str(value).strip()
+def _text(ds: Attributes, keyword: str) -> str:
+    return frames.text_of(ds.get(keyword))
 
 
-def _integer(ds: Dataset, keyword: str) -> int | None:
+def _integer(ds: Attributes, keyword: str) -> int | None:
     try:
         return int(ds.get(keyword))
     except (TypeError, ValueError):
         return None
 
 
-def _numbers(ds: Dataset, keyword: str, count: int) -> tuple[float, ...]:
+def _numbers(ds: Attributes, keyword: str, count: int) -> tuple[float, ...]:
     """Exactly ``count`` floats; ValueError with a readable reason otherwise."""
     try:
         value = ds.get(keyword)
@@ -373,13 +392,3 @@ def _numbers(ds: Dataset, keyword: str, count: int) -> tuple[float, ...]:
     if len(numbers) != count:
         raise ValueError(f"{keyword} needs {count} numbers, got {len(numbers)}")
     return numbers
-
-
-def number_of(ds: Dataset, keyword: str, default: float) -> float:
-    """One finite float; ``default`` where the tag is missing or empty."""
-    if ds.get(keyword) in (None, ""):
-        return default
-    (number,) = _numbers(ds, keyword, 1)
-    if not np.isfinite(number) or (keyword == "RescaleSlope" and number == 0):
-        raise ValueError(f"{keyword} is {number:g}")
-    return number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from medvit.data.dicom import Group
 
 _SERIES_UID = re.compile(rb"\x20\x00\x0e\x00(?:UI..|..\x00\x00)([0-9.]{3,64})", re.DOTALL)
+_NUMBER = re.compile(r"\b(?=[a-f]*[0-9])[0-9a-f]+\b|[0-9]+")
 _HEAD = 1 << 16  # bytes in which the UID stands, if at all
 
 
@@ -24,29 +26,37 @@ class LostFiles:
 
     Args:
         paths: of files that may have been DICOM images.
+        groups: all images that were read.
     """
 
-    def __init__(self, paths: Iterable[Path]):
-        self._files: dict[Path, list[_Lost]] = {}
+    def __init__(self, paths: Iterable[Path], groups: Sequence[Group]):
+        self._files: dict[Path, list[_Lost]] = defaultdict(list)
         for path in paths:
-            self._files.setdefault(path.parent, []).append(_Lost(path, _series_uid(path)))
+            self._files[path.parent].append(_Lost(path, _series_uid(path)))
+        some = groups if self._files else ()
+        self._known = {group.first.series_uid for group in some} - {""}
+        self._named = Counter(name for group in some for name in _names(group))  # how many have files named so
 
-    def of(self, group: Group, groups: Sequence[Group]) -> tuple[list[Path], list[Path]]:
-        """Files that a group probably misses, and files that it may miss though others of ``groups`` may as well.
+    def of(self, group: Group) -> tuple[list[Path], list[Path]]:
+        """Files that a group probably misses, and files that it may miss though others may as well.
 
-        A file belongs where the UID it still shows says; one that shows none, where files beside it are named alike.
-        Images that are complete in one file miss nothing.
+        A file belongs where the UID it still shows says; where that is gone, to files beside it that are named alike. A
+        UID that no series has may be a damaged one, or that of a series which is lost as a whole. Images that are
+        complete in one file miss nothing.
         """
-        if group.first.flat or group.first.mosaic or any(len(header.frames) > 1 for header in group.headers):
-            return [], []
+        complete = group.first.flat or group.first.mosaic or any(len(header.frames) > 1 for header in group.headers)
         probable: list[Path] = []
         possible: list[Path] = []
+        if complete or not self._files:
+            return probable, possible
+        named = _names(group)
         for folder in sorted({header.path.parent for header in group.headers}):
             for lost in self._files.get(folder, ()):
-                if lost.series_uid:
+                name = (folder, name_pattern(lost.path))
+                if lost.series_uid in self._known:
                     probable += [lost.path] if lost.series_uid == group.first.series_uid else []
-                elif _has_alike(group, lost.path):
-                    alone = sum(_has_alike(other, lost.path) for other in groups) == 1
+                elif name in named:
+                    alone = not lost.series_uid and self._named[name] == 1
                     (probable if alone else possible).append(lost.path)
         return probable, possible
 
@@ -61,11 +71,10 @@ def _series_uid(path: Path) -> str:
     return found[1].decode() if found else ""
 
 
-def _has_alike(group: Group, path: Path) -> bool:
-    """Whether files of the group lie beside ``path`` with the same name but for its numbers."""
-    pattern = _pattern(path)
-    return any(header.path.parent == path.parent and _pattern(header.path) == pattern for header in group.headers)
+def _names(group: Group) -> set[tuple[Path, str]]:
+    return {(header.path.parent, name_pattern(header.path)) for header in group.headers}
 
 
-def _pattern(path: Path) -> str:
-    return re.sub(r"[0-9]+", "#", path.name.lower())
+def name_pattern(path: Path) -> str:
+    """What files of one series have in common in their names: all but numbers, hexadecimal ones too."""
+    return _NUMBER.sub("#", path.name.lower())

@@ -221,8 +221,9 @@ def _check_length(path: Path, layout: Layout, data: bytes) -> None:
     if len(data) < needed:
         reason = f"the file is cut short: {len(data)} of {needed} bytes of pixels are there; get it again"
         raise UnreadableFile(path, reason)
-    # a byte makes the length even; more of them may be padding, but then nothing that could be an image
-    if len(data) > needed + 1 and (data[needed:].strip(b"\0") or 8 * (len(data) - needed) >= layout.frame_bits):
+    # a byte makes the length even; more of them may be padding, but no more than a row of the image
+    row = layout.frame_bits // layout.rows
+    if len(data) > needed + 1 and (data[needed:].strip(b"\0") or 8 * (len(data) - needed) > row):
         reason = (
             f"its header needs {needed} bytes of pixels ({layout.frames} x {layout.rows} x {layout.columns}), but "
             f"{len(data)} are there; export it again"

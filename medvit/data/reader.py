@@ -139,13 +139,14 @@ class VolumeReader(ImageReader):  # type: ignore[misc]
 def _read_only_series(folder: Path, volume: int | None) -> Volume:
     series = [one for one in discover(folder).series if one.kind != "raster" and one.placed and one.channels == 1]
     usable = [one for one in series if one.problem is None]
-    if usable and len({one.base for one in series}) == 1:
-        files = list(dict.fromkeys(file for one in series for file in one.files))
+    bases = list(dict.fromkeys(one.base for one in usable))
+    if len(bases) == 1:
+        files = list(dict.fromkeys(file for one in series if one.base == bases[0] for file in one.files))
         return read_volume(files, volume)
-    if len(usable) > 1:
-        names = ", ".join(one.name for one in usable[:10]) + (", ..." if len(usable) > 10 else "")
+    if len(bases) > 1:
+        names = ", ".join(bases[:10]) + (", ..." if len(bases) > 10 else "")
         reason = (
-            f"a folder with exactly one image series is needed, but it holds {len(usable)}: {names}; give one of them"
+            f"a folder with exactly one image series is needed, but it holds {len(bases)}: {names}; give one of them"
         )
         raise UnreadableSeries(folder, "several-series", reason)
     if len(series) == 1 and series[0].problem is not None:

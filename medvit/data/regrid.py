@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from medvit.data.space import Space
+from medvit.data.slices import Plane, Stack, common_orientation, settled_step
+from medvit.data.space import LPS_TO_RAS, Space
 from medvit.data.volume import Volume
+from medvit.errors import UnreadableSeries
 
 TILT = ("keep", "resample", "refuse")
 UNEVEN = ("refuse", "resample", "split")
@@ -56,17 +58,49 @@ def straighten(volume: Volume) -> Volume:
     shifts = np.arange(volume.space.shape[2])[:, None] * slip
     low, high = np.floor(shifts.min(0) + 1e-9).astype(int), np.ceil(shifts.max(0) - 1e-9).astype(int)
     columns, rows, slices = volume.space.shape
-    array = np.full((columns + high[0] - low[0], rows + high[1] - low[1], slices), volume.array.min(), np.float32)
+    air = float(volume.array.min())
+    array = np.full((columns + high[0] - low[0], rows + high[1] - low[1], slices), air, np.float32)
     for k in range(slices):
         room = array[:, :, k]
         room[-low[0] : columns - low[0], -low[1] : rows - low[1]] = volume.array[:, :, k]
-        array[:, :, k] = shift(room, shifts[k], order=1, mode="nearest")
+        array[:, :, k] = shift(room, shifts[k], order=1, mode="grid-constant", cval=air)
     moved = affine.copy()
     moved[:3, 2] = upright
     moved[:3, 3] += low[0] * across + low[1] * down
     space = Space.from_affine(array.shape, moved, volume.space.frame_of_reference)
     note = "its slices are sheared (gantry tilt) and were resampled to an upright grid"
     return replace(volume, array=array, space=space, notes=(*volume.notes, note))
+
+
+def even_stack(planes: Sequence[Plane], series: str) -> tuple[Stack, tuple[float, ...]]:
+    """Planes at uneven heights as a stack of :func:`even_heights`, and the heights at which they are, in its order.
+
+    Raises:
+        UnreadableSeries: ``shifted-slices``: they do not lie on one straight line; else as
+            :func:`medvit.data.slices.arrange`.
+    """
+    across, down, spacing = common_orientation(planes, series)
+    normal = np.cross(across, down)
+    normal /= np.linalg.norm(normal)
+    positions = np.array([plane.position for plane in planes])
+    order = np.argsort(positions @ normal, kind="stable")
+    positions = positions[order]
+    heights = tuple(float(height) for height in positions @ normal)
+    share = (np.array(heights) - heights[0]) / (heights[-1] - heights[0])
+    beside = np.linalg.norm(positions - positions[0] - share[:, None] * (positions[-1] - positions[0]), axis=1)
+    count = len(even_heights(heights))
+    step, tilt = settled_step((positions[-1] - positions[0]) / (count - 1), normal, count)
+    if beside.max() > max(0.02, 0.01 * float(np.linalg.norm(step))):
+        worst = positions[beside.argmax()].tolist()
+        reason = (
+            f"slice positions must lie on one straight line, but the slice at {worst} (LPS mm) is {beside.max():.3g} mm"
+            " beside it; parts of different acquisitions may be mixed"
+        )
+        raise UnreadableSeries(series, "shifted-slices", reason)
+    affine = np.eye(4)
+    affine[:3] = np.column_stack([across * spacing[0], down * spacing[1], step, positions[0]])
+    note = f"its {len(heights)} slices at uneven distances were resampled to {count} even ones"
+    return Stack(tuple(map(int, order)), LPS_TO_RAS @ affine, (note,), tilt), heights
 
 
 def even_heights(heights: Sequence[float]) -> np.ndarray:

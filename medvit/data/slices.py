@@ -109,7 +109,7 @@ def arrange(planes: Sequence[Plane], series: str, thickness: float | None = None
             ``four-dimensional``, ``duplicate-positions``, ``missing-slice``, ``uneven-slices``, ``shifted-slices``.
             Reasons give positions along the normal in mm.
     """
-    across, down, spacing = _common_orientation(planes, series)
+    across, down, spacing = common_orientation(planes, series)
     normal = np.cross(across, down)
     normal /= np.linalg.norm(normal)
     positions = np.array([plane.position for plane in planes])
@@ -130,8 +130,8 @@ def arrange(planes: Sequence[Plane], series: str, thickness: float | None = None
     return Stack(tuple(int(n) for n in order), LPS_TO_RAS @ affine, notes, tilt)
 
 
-def _common_orientation(planes: Sequence[Plane], series: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean directions and spacing of planes that agree up to rounding."""
+def common_orientation(planes: Sequence[Plane], series: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean directions and spacing of planes that agree up to rounding; raises as :func:`arrange`."""
     directions = np.array([(*plane.across, *plane.down) for plane in planes])
     spacings = np.array([plane.spacing for plane in planes])
     if (difference := float(np.ptp(directions, axis=0).max())) > SAME_DIRECTION:
@@ -184,12 +184,17 @@ def _fit_line(positions: np.ndarray, normal: np.ndarray, series: str) -> tuple[n
             " beside it; parts of different acquisitions may be mixed"
         )
         raise UnreadableSeries(series, "shifted-slices", reason)
+    step, tilt = settled_step(step, normal, len(positions))
+    return positions.mean(axis=0) + k[0] * step, step, tilt
+
+
+def settled_step(step: np.ndarray, normal: np.ndarray, count: int) -> tuple[np.ndarray, float]:
+    """The step between ``count`` slices, along the normal where its drift is rounding, and its tilt in degrees."""
+    height = float(step @ normal)
     sideways = float(np.linalg.norm(step - height * normal))
-    drift, tilt = sideways * (len(positions) - 1), float(np.degrees(np.arctan2(sideways, height)))
-    tilted = tilt > TILT_DEGREES and drift > tolerance
-    if drift <= ROUNDING_MM:
-        step = height * normal
-    return positions.mean(axis=0) + k[0] * step, step, tilt if tilted else 0.0
+    drift, tilt = sideways * (count - 1), float(np.degrees(np.arctan2(sideways, height)))
+    tilted = tilt > TILT_DEGREES and drift > max(0.02, 0.01 * height)
+    return height * normal if drift <= ROUNDING_MM else step, tilt if tilted else 0.0
 
 
 def _refuse_uneven(heights: np.ndarray, series: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -14,15 +15,17 @@ from typing import TypeVar
 from medvit.data import archives, dicom, itk, nifti, raster
 from medvit.data.frames import Label
 from medvit.data.headers import Header, NotAnImage, looks_like_dicom, read_header
-from medvit.data.lost import LostFiles
+from medvit.data.lost import LostFiles, name_pattern
 from medvit.data.regrid import AS_IT_IS, Repairs
 from medvit.data.space import Space
 from medvit.data.volume import Source, Volume
+from medvit.data.workers import Workers
 from medvit.errors import MedvitError, NothingFound, OutputError, UnreadableFile
 
 _DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 _JUNK = ("._", ".ds_store", "thumbs.db", "desktop.ini")
 _BLANK = "nothing in it but zero bytes"
+_UNKNOWN = "no DICOM, NIfTI, NRRD, MetaImage, PNG, JPEG, TIFF or BMP file"
 _MANIFEST = "manifest.jsonl"
 _START = 262  # bytes at the beginning of a file that tell what it is; of tar archives the last five of them
 _STAGING = ".medvit-"  # folders that an interrupted run left behind
@@ -32,8 +35,9 @@ class _Archive:
     """An archive that stays unpacked as long as anything refers to this object."""
 
     def __init__(self, path: Path):
-        self._stack = ExitStack()
-        self.unpacked = self._stack.enter_context(archives.unpacked(path))
+        stack = ExitStack()
+        self.unpacked = stack.enter_context(archives.unpacked(path))
+        weakref.finalize(self, stack.close)
 
 
 @dataclass(frozen=True)
@@ -124,12 +128,12 @@ class Inventory:
 
 @dataclass(frozen=True)
 class _Found:
-    """One file, the input it was found under, the manifest of the run that made it, the archive it came out of."""
+    """One file, the input it was found under, the manifest of the run that made it; whether an archive held it."""
 
     path: Path
     base: Path
     manifest: Path | None = None
-    archive: _Archive | None = None
+    archived: bool = False
 
 
 _Entry = Header | Series | SetAside
@@ -142,6 +146,7 @@ def discover(
     progress: Callable[[int], None] | None = None,
     repairs: Repairs = AS_IT_IS,
     unpack: bool = False,
+    processes: int | None = None,
 ) -> Inventory:
     """List the images in files and folder trees, by content and not by name, without reading pixels.
 
@@ -155,35 +160,42 @@ def discover(
         progress: called with the number of files seen so far.
         repairs: what becomes of DICOM slices that are sheared or at uneven distances.
         unpack: look into archives (zip, tar); the files of their series are there as long as the series are.
+        processes: how many share the work where there are thousands of files, see :class:`medvit.data.workers.Workers`.
 
     Raises:
         NothingFound: an input path does not exist.
         OutputError: ``exclude`` is an input.
     """
     found: dict[Path, _Found] = {}
+    origins: dict[Path, _Archive] = {}
     headers: list[Header] = []
     series: list[Series] = []
     set_aside: list[SetAside] = []
-    for count, (one, entry) in enumerate(_entries(_checked(inputs, exclude), exclude, unpack), start=1):
-        found[one.path] = one
-        for part in entry if isinstance(entry, list) else [entry]:
-            if isinstance(part, Header):
-                headers.append(part)
-            elif isinstance(part, SetAside):
-                set_aside.append(part)
-            else:
-                series.append(part)
-        if progress is not None:
-            progress(count)
+    with Workers(processes) as workers:
+        entries = _entries(_files(_checked(inputs, exclude), exclude), workers, origins if unpack else None)
+        for count, (one, entry) in enumerate(entries, start=1):
+            found[one.path] = one
+            for part in entry if isinstance(entry, list) else [entry]:
+                if isinstance(part, Header):
+                    headers.append(part)
+                elif isinstance(part, SetAside):
+                    set_aside.append(part)
+                else:
+                    series.append(part)
+            if progress is not None:
+                progress(count)
     blank = _blank_slices(set_aside, headers)
-    series += [_unreadable(found[path], "empty, among DICOM files named alike") for path in blank]
+    series += [_unreadable(found[path], "empty or damaged, among DICOM files named alike") for path in blank]
     broken = [one.files[0] for one in series if one.kind == "dicom"]
-    lost = LostFiles(path for path in broken if not is_folder(path))
     named: list[tuple[str, Series | dicom.Group]] = [(one.name, one) for one in series if one.kind != "raster"]
     groups = dicom.group_series(headers)
+    lost = LostFiles((path for path in broken if not is_folder(path)), groups)
+    known = {aside.path for aside in set_aside}
     for group in groups:
         if group.first.localizer:
-            set_aside += [SetAside(h.path, "localizer", "a scout image, made to plan others") for h in group.headers]
+            scouts = {header.path for header in group.headers} - known
+            known |= scouts
+            set_aside += [SetAside(path, "localizer", "a scout image, made to plan others") for path in scouts]
         else:
             named.append((_dicom_name(group, found[group.first.path].base), group))
     volumes: list[Series] = []
@@ -193,26 +205,27 @@ def discover(
         else:
             kept, dropped = dicom.without_duplicates(candidate)
             set_aside += [SetAside(path, "duplicate", "a copy of another file") for path in dropped]
-            volumes += _dicom_series(kept, name, lost.of(candidate, groups), repairs, dropped)
+            volumes += _dicom_series(kept, name, lost.of(candidate), repairs, dropped)
+    # x_v0 of a series x may be the name of another one
+    volumes = [replace(one, name=name) for name, one in _uniquely_named([(one.name, one) for one in volumes])]
     # named after the volumes, whose names a picture beside them must not change
     pictures = _uniquely_named([(one.name, one) for one in series if one.kind == "raster"], [v.name for v in volumes])
     complete = sorted(
         [*volumes, *(replace(one, name=name) for name, one in pictures)], key=lambda one: _order(one.name)
     )
-    kept_aside = [_with_origin(aside, found) for aside in set_aside if aside.path not in blank]
+    kept_aside = [_with_origin(aside, origins) for aside in set_aside if aside.path not in blank]
     return Inventory(
-        tuple(replace(one, archive=found[one.files[0]].archive, base=one.base or one.name) for one in complete),
+        tuple(replace(one, archive=origins.get(one.files[0]), base=one.base or one.name) for one in complete),
         tuple(sorted(kept_aside, key=lambda aside: aside.path)),
     )
 
 
 def _entries(
-    paths: Iterable[Path], exclude: str | Path | None, unpack: bool
+    files: Iterable[_Found], workers: Workers, origins: dict[Path, _Archive] | None
 ) -> Iterator[tuple[_Found, _Entry | list[_Entry]]]:
-    """Every file with what it is, those of archives after the archive."""
-    for one in _files(paths, exclude):
-        entry = _examine(one)
-        if not (unpack and isinstance(entry, SetAside) and entry.code == "archive"):
+    """Every file with what it is, those of archives after the archive; ``origins`` learns which these came from."""
+    for one, entry in workers.map(_examine, files):
+        if origins is None or not (isinstance(entry, SetAside) and entry.code == "archive"):
             yield one, entry
             continue
         try:
@@ -226,13 +239,14 @@ def _entries(
             name = _relative(one.path.with_name(f"{archives.stem(one.path)}_{number}"), one.base)
             inside.append(Series("archive", (one.path,), name, problem=problem))
         yield one, inside
-        for member in _files([archive.unpacked.folder], None):
-            inner = replace(member, archive=archive)
-            yield inner, _examine(inner)
+        members = (replace(member, archived=True) for member in _files([archive.unpacked.folder], None))
+        for member, what in workers.map(_examine, members):
+            origins[member.path] = archive
+            yield member, what
 
 
-def _with_origin(aside: SetAside, found: dict[Path, _Found]) -> SetAside:
-    archive = found[aside.path].archive if aside.path in found else None
+def _with_origin(aside: SetAside, origins: dict[Path, _Archive]) -> SetAside:
+    archive = origins.get(aside.path)
     return replace(aside, path=archive.unpacked.original(aside.path)) if archive else aside
 
 
@@ -334,7 +348,7 @@ def _examine(found: _Found) -> _Entry:
     except OSError as error:
         return _unreadable(found, f"cannot be opened: {error.strerror or error}")
     if archives.is_archive(path, start):
-        reason = "an archive inside an archive" if found.archive else "an archive; its members are images of their own"
+        reason = "an archive inside an archive" if found.archived else "an archive; its members are images of their own"
         return SetAside(path, "archive", reason)
     if start[128:132] != b"DICM" and lower.endswith((*nifti.SUFFIXES, *itk.SUFFIXES)):
         return _volume_series(found)
@@ -360,7 +374,7 @@ def _examine(found: _Found) -> _Entry:
     return SetAside(
         path,
         "not-an-image",
-        "no DICOM, NIfTI, NRRD, MetaImage, PNG, JPEG, TIFF or BMP file" if start.strip(b"\0") else _BLANK,
+        _UNKNOWN if start.strip(b"\0") else _BLANK,
     )
 
 
@@ -372,16 +386,30 @@ def _unreadable(found: _Found, reason: str) -> Series:
     return Series(kind, (found.path,), _relative(found.path, found.base), problem=problem)
 
 
-def _blank_slices(set_aside: Iterable[SetAside], headers: Iterable[Header]) -> list[Path]:
-    """Files of zero bytes only, numbered and with the extension of DICOM files in the same folder: lost slices."""
+def _blank_slices(set_aside: Iterable[SetAside], headers: Iterable[Header]) -> dict[Path, None]:
+    """Files that are no image any more, but named like DICOM files in the same folder: lost slices.
+
+    The same name but for its numbers; for files of zero bytes only, a number and the same extension will do.
+    """
 
     def place(path: Path) -> tuple[Path, str]:
         # an extension has letters: of a name like 1.2.840.5 the last number is none
         return path.parent, path.suffix.lower() if any(c.isalpha() for c in path.suffix) else ""
 
-    occupied = {place(header.path) for header in headers}
-    blank = [aside.path for aside in set_aside if aside.reason == _BLANK]
-    return [path for path in blank if any(c.isdigit() for c in path.name) and place(path) in occupied]
+    unknown = [aside for aside in set_aside if aside.reason in (_BLANK, _UNKNOWN)]
+    if not unknown:
+        return {}
+    files = [header.path for header in headers]
+    occupied = {place(path) for path in files}
+    alike = {(path.parent, name_pattern(path)) for path in files}
+    lost: dict[Path, None] = {}
+    for aside in unknown:
+        path = aside.path
+        numbered = any(c.isdigit() for c in path.name)
+        blank = aside.reason == _BLANK and place(path) in occupied
+        if numbered and (blank or (path.parent, name_pattern(path)) in alike):
+            lost[path] = None
+    return lost
 
 
 def _volume_series(found: _Found) -> Series | SetAside:
@@ -505,12 +533,14 @@ def _uniquely_named(named: Iterable[tuple[str, _Named]], used: Iterable[str] = (
     ordered = sorted(named, key=lambda pair: _order(pair[0]))
     taken = {name.lower() for name, _ in ordered}
     seen = {name.lower() for name in used}
+    latest: dict[str, int] = {}  # number of each name, to go on from
     result = []
     for name, one in ordered:
-        unique, number = name, 1
+        unique, number = name, latest.get(name.lower(), 1)
         while unique.lower() in seen or (number > 1 and unique.lower() in taken):
             number += 1
             unique = f"{name}_{number}"
+        latest[name.lower()] = number
         seen.add(unique.lower())
         result.append((unique, one))
     return result

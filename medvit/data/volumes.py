@@ -16,6 +16,9 @@ import numpy as np
 from medvit.data.frames import KINDS, REPETITIONS, Frame, Label
 from medvit.data.slices import SAME_POSITION_MM, Plane
 
+_BESIDE_MM = 1.0  # stacks that lie further apart sideways do not lie at one place
+_UPRIGHT_MM = 0.1  # by which slices of an upright stack may differ sideways
+
 
 @dataclass(frozen=True)
 class Part:
@@ -38,9 +41,14 @@ def places(planes: Sequence[Plane]) -> list[int]:
     across, down = (np.mean([getattr(plane, name) for plane in planes], axis=0) for name in ("across", "down"))
     normal = np.cross(across, down)
     heights = np.array([plane.position for plane in planes]) @ (normal / np.linalg.norm(normal))
-    order = np.argsort(heights, kind="stable")
-    numbers = np.empty(len(planes), dtype=int)
-    numbers[order] = np.cumsum(np.diff(heights[order], prepend=heights[order[0]]) > SAME_POSITION_MM)
+    return _numbered(heights, SAME_POSITION_MM)
+
+
+def _numbered(values: np.ndarray, gap: float) -> list[int]:
+    """Number of the cluster of each value, from 0 upwards; clusters are more than ``gap`` apart."""
+    order = np.argsort(values, kind="stable")
+    numbers = np.empty(len(values), dtype=int)
+    numbers[order] = np.cumsum(np.diff(values[order], prepend=values[order[0]]) > gap)
     return [int(number) for number in numbers]
 
 
@@ -49,7 +57,7 @@ def separate(frames: Sequence[Frame], where: Sequence[int]) -> list[Part]:
 
     A part in which places still repeat could not be told apart.
     """
-    parts = [Part(tuple(range(len(frames))))]
+    parts = _side_by_side(frames, where)
     for name in (*KINDS, *REPETITIONS):
         parts = [finer for part in parts for finer in _by_label(part, name, frames, where)]
     parts = [finer for part in parts for finer in _by_order(part, frames, where)]
@@ -67,6 +75,21 @@ def by_kind(frames: Sequence[Frame]) -> list[list[Part]]:
         if len(groups) > 1 and min(map(len, groups.values())) > 2:
             ways.append([Part(tuple(members), _known(name, value)) for value, members in groups.items()])
     return ways
+
+
+def _side_by_side(frames: Sequence[Frame], where: Sequence[int]) -> list[Part]:
+    """Stacks at the same heights but beside each other, as of a body scanned in two stations."""
+    origin, across, down = (np.array(getattr(frames[0].plane, name)) for name in ("position", "across", "down"))
+    beside = np.array([frame.plane.position if frame.plane else origin for frame in frames]) - origin
+    beside = np.column_stack([beside @ across, beside @ down])
+    stations: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for n, place in enumerate(zip(*(_numbered(column, _BESIDE_MM) for column in beside.T), strict=True)):
+        stations[place].append(n)
+    # sheared slices move sideways from height to height, and are no stations
+    upright = all(np.ptp(beside[members], axis=0).max() <= _UPRIGHT_MM for members in stations.values())
+    if len(stations) > 1 and upright and all(len({where[n] for n in members}) > 1 for members in stations.values()):
+        return [Part(tuple(members), {"station": float(n)}) for n, members in enumerate(stations.values())]
+    return [Part(tuple(range(len(frames))))]
 
 
 def _rank(frame: Frame, number: int) -> tuple[float, int]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from medvit.writers.nifti import write_series
 if TYPE_CHECKING:
     from medvit.data.study import Inventory, Series
 
+_SAME_GRID_MM = 1e-3
 _log = logging.getLogger("medvit")
 
 
@@ -38,8 +39,12 @@ def convert(
         ``spacing`` (mm) and ``orientation`` (e.g. ``"LPS"``), None where unknown; of one of several volumes also
         ``volume`` (from 0), ``volumes`` and ``parameters`` (what tells it from the others). Photographs are set aside.
     """
-    for volumes in _together(inventory.series, four_d):
-        yield _convert(volumes, output_dir, overwrite)
+    groups = _together(inventory.series) if four_d else [[one] for one in inventory.series]
+    of_base = Counter(volumes[0].base for volumes in groups if len(volumes) > 1)
+    for volumes in groups:
+        first = volumes[0]
+        name = first.base if len(volumes) > 1 and of_base[first.base] == 1 else first.name
+        yield _convert(volumes, name, output_dir, overwrite)
     for aside in inventory.set_aside:
         yield _record("set-aside", aside.code, aside.reason, files=[str(aside.path)])
 
@@ -101,23 +106,29 @@ def about(series: Series) -> dict[str, Any]:
     return known | (_grid(series.space, series.placed) if series.space else {})
 
 
-def _together(series: Sequence[Series], four_d: bool) -> Iterator[list[Series]]:
-    """Each volume alone, or all sound ones of a series and grid together."""
+def _together(series: Sequence[Series]) -> list[list[Series]]:
+    """All sound volumes of a series and grid together, in their order; what else there is alone."""
+    groups: list[list[Series]] = []
+    of_base: dict[str, list[list[Series]]] = defaultdict(list)
+    for one in series:
+        joins = one.volumes > 1 and one.problem is None and one.channels == 1
+        homes = [group for group in of_base[one.base] if _same_grid(group[0], one)] if joins else []
+        if homes:
+            homes[0].append(one)
+            continue
+        groups.append([one])
+        if joins:
+            of_base[one.base].append(groups[-1])
+    return [sorted(group, key=lambda one: one.volume) for group in groups]
 
-    def whole(one: Series) -> tuple[object, ...]:
-        if not four_d or one.volumes == 1 or one.problem is not None or one.space is None or one.channels > 1:
-            return (one.name,)
-        return one.base, one.space.shape
 
-    for _, volumes in groupby(series, whole):
-        yield list(volumes)
+def _same_grid(one: Series, other: Series) -> bool:
+    return one.space is not None and other.space is not None and one.space.distance_to(other.space) <= _SAME_GRID_MM
 
 
-def _convert(volumes: list[Series], output_dir: Path, overwrite: bool) -> dict[str, Any]:
+def _convert(volumes: list[Series], name: str, output_dir: Path, overwrite: bool) -> dict[str, Any]:
     series, known = volumes[0], about(volumes[0])
-    name = series.name
     if len(volumes) > 1:
-        name = series.base
         files = dict.fromkeys(str(file) for one in volumes for file in one.origins)
         known |= {"series": name, "files": list(files), "volumes": len(volumes)}
         known |= {"volume": None, "parameters": [one.parameters for one in volumes]}

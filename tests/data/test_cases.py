@@ -67,7 +67,10 @@ def test_unreadable_files_are_cases_that_fail(folder):
     assert list(cases) == ["p1/3_T1", "p1/zero.dcm", "p2/twin"]
     with pytest.raises(UnreadableFile, match=r"zero\.dcm: the file is empty"):
         read_volume(cases["p1/zero.dcm"])
-    with pytest.raises(UnreadableSeries, match=r"1 cannot be read \(zero\.dcm\)") as caught:
+    assert read_volume(cases["p1/3_T1"]).array.shape == (7, 6, 5)  # its name is none of a slice
+    (folder / "p1" / "zero.dcm").rename(folder / "p1" / "IM0005.dcm")
+    cases = {case["case"]: case["image"] for case in list_cases(folder, ["MR"])}
+    with pytest.raises(UnreadableSeries, match=r"1 cannot be read \(IM0005\.dcm\)") as caught:
         read_volume(cases["p1/3_T1"])
     assert caught.value.code == "incomplete"
 
@@ -92,7 +95,9 @@ def test_nothing_found_says_what_was_looked_for_and_what_is_there(folder, tmp_pa
     with pytest.raises(NothingFound) as caught:
         list_cases(folder / "p1", ["PT", "NM"])
     message = str(caught.value)
-    assert message.startswith(f"{folder / 'p1'}: no DICOM series of modality NM or PT and no NIfTI file found")
+    assert message.startswith(
+        f"{folder / 'p1'}: no DICOM series of modality NM or PT and no NIfTI file and no MetaImage"
+    )
     assert "series of other modalities: CT, MR" in message
     (tmp_path / "junk").mkdir()
     with pytest.raises(NothingFound, match="there is: nothing at all"):
@@ -101,7 +106,7 @@ def test_nothing_found_says_what_was_looked_for_and_what_is_there(folder, tmp_pa
         (tmp_path / "junk" / f"{n}.txt").write_text("x")
     with pytest.raises(
         NothingFound,
-        match=r"0\.txt: no DICOM, NIfTI, PNG, JPEG, TIFF or BMP file; .*; and 2 more files that are no images",
+        match=r"0\.txt: no DICOM, NIfTI, NRRD, MetaImage, .* or BMP file; .*; and 2 more files that are no images",
     ):
         list_cases([tmp_path / "junk"])
 
@@ -146,9 +151,9 @@ def test_photographs_are_no_cases_where_volumes_are_wanted(folder, caplog):
     with caplog.at_level(logging.INFO, "medvit"):
         assert list_cases(folder) == before
     said = [(record.levelname, record.message) for record in caplog.records if "skipped" in record.message]
+    kinds = "a DICOM series or a NIfTI file or a MetaImage or NRRD file"
     assert said == [
-        ("INFO", f"p1/{name}: skipped, it is a photograph and not a DICOM series or a NIfTI file")
-        for name in ("broken.jpg", "screenshot")
+        ("INFO", f"p1/{name}: skipped, it is a photograph and not {kinds}") for name in ("broken.jpg", "screenshot")
     ]
 
 
@@ -178,7 +183,7 @@ def test_nothing_of_the_kind(folder, tmp_path):
         list_cases(folder, kinds=["raster"])
     write_picture(tmp_path / "album/eye.png", colours())
     with pytest.raises(
-        NothingFound, match=r"no DICOM series and no NIfTI file found; .*: photograph: 1, not taken here"
+        NothingFound, match=r"no NIfTI file and no MetaImage or NRRD file found; .*: photograph: 1, not taken here"
     ):
         list_cases(tmp_path / "album")
 
@@ -204,10 +209,10 @@ def test_a_photograph_of_a_format_that_is_not_read_is_told_loudly(tmp_path, capl
     with caplog.at_level(logging.WARNING, "medvit"):
         assert [case["case"] for case in list_cases(tmp_path, kinds=["raster"])] == ["eye"]
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.endswith("phone.HEIC: set aside (not-an-image): no DICOM, NIfTI, PNG, JPEG, TIFF or BMP file")
+    assert "phone.HEIC: set aside (not-an-image): no DICOM, NIfTI, NRRD, MetaImage, PNG, JPEG, TIFF or BMP" in line
 
 
 @pytest.mark.parametrize("kinds", [[], ["png"], ["raster", "PHOTO"]])
 def test_unknown_kinds(folder, kinds):
-    with pytest.raises(ValueError, match=r"kinds must be some of dicom, nifti, raster, got \["):
+    with pytest.raises(ValueError, match=r"kinds must be some of dicom, nifti, itk, raster, got \["):
         list_cases(folder, kinds=kinds)

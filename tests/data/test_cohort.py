@@ -103,7 +103,7 @@ def test_files_that_cannot_be_used_are_named_before_training_starts(tmp_path):
     _table(tmp_path, "case_id,split,image,label", *rows)
     assert len(labelled_cases(tmp_path, "dicom")) == 1
     cases: list[tuple[str, type[MedvitError], str]] = [
-        ("four", UnreadableSeries, "one 3D volume is needed"),
+        ("four", UnreadableSeries, "one volume is needed, but the file holds 2; save the one that is meant"),
         ("text", UnreadableFile, "c.txt: an image is needed"),
     ]
     for split, error, message in cases:

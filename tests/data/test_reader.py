@@ -1,4 +1,5 @@
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ from data_synthetic import make_affine, phantom, write_dicom_series, write_nifti
 from photographs_synthetic import as_volume, colours, write_picture
 from PIL import Image, ImageOps
 
-from medvit.data.reader import VolumeReader, read_volume
+from medvit.data.reader import VolumeReader, read_again, read_volume
 from medvit.errors import MedvitError, NothingFound, UnreadableFile, UnreadableSeries
 
 # MONAI warns about optional packages of its own when LoadImage is built
@@ -109,19 +110,67 @@ def test_a_folder_must_hold_one_usable_series(folder, tmp_path):
     with pytest.raises(UnreadableSeries, match=r"holds 2: mr/3_T1_test, twin; give one of them") as caught:
         read_volume(folder)
     assert caught.value.code == "several-series"
-    write_nifti(folder / "four.nii", np.zeros((2, 2, 2, 2), np.uint8), make_affine())
+    write_nifti(folder / "flat.nii", np.zeros((2, 2, 2), np.uint8), make_affine(), srow_x=[0, 0, 0, 0], qform_code=0)
     (folder / "twin.nii.gz").unlink()
     np.testing.assert_array_equal(read_volume(folder).array, phantom())  # the unusable one does not count
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(NothingFound, match="no DICOM series or NIfTI file that makes a 3D volume"):
         read_volume(empty)
-    write_nifti(empty / "a.nii", np.zeros((2, 2, 2, 2), np.uint8), make_affine())
-    with pytest.raises(UnreadableSeries, match="one 3D volume is needed"):
+    (folder / "flat.nii").rename(empty / "a.nii")
+    with pytest.raises(UnreadableSeries, match="the affine is singular"):
         read_volume(empty)
     (empty / "b.nii").write_bytes(b"")
-    with pytest.raises(NothingFound, match=r"2 were found, none of them usable: .*one 3D volume is needed"):
+    with pytest.raises(NothingFound, match=r"2 were found, none of them usable: .*the affine is singular"):
         read_volume(empty)
+
+
+def series_of(folder, count=3):
+    """Time points of one DICOM series, and their arrays."""
+    uids = {"StudyInstanceUID": "1.2", "SeriesInstanceUID": "1.2.3", "FrameOfReferenceUID": "1.2.4"}
+    arrays = [phantom(seed=n) for n in range(count)]
+    for n, array in enumerate(arrays):
+        tags = uids | {"TemporalPositionIdentifier": n + 1}
+        write_dicom_series(folder, array, make_affine("oblique"), prefix=f"t{n}_", **tags)
+    return arrays
+
+
+@pytest.mark.parametrize("kind", ["dicom", "nifti"])
+def test_one_of_several_volumes(tmp_path, kind, caplog):
+    arrays = series_of(tmp_path / "in") if kind == "dicom" else [phantom(seed=n) for n in range(3)]
+    if kind == "nifti":
+        write_nifti(tmp_path / "in/x.nii", np.stack(arrays, -1), make_affine("oblique"))
+    files = sorted((tmp_path / "in").iterdir())
+    what = "series (temporal_position 1)" if kind == "dicom" else "file"
+    note = f"the first of {'' if kind == 'dicom' else 'the '}3 volumes of its {what}"
+    for paths in (files, tmp_path / "in"):
+        first = read_volume(paths)
+        np.testing.assert_array_equal(first.array, arrays[0])
+        assert first.notes == (note,)
+        for n, array in enumerate(arrays):
+            volume = read_volume(paths, volume=n)
+            np.testing.assert_array_equal(volume.array, array)
+            np.testing.assert_allclose(volume.space.affine, make_affine("oblique"), atol=2e-6)
+            assert volume.notes == ()
+            again = read_again(volume.source)
+            np.testing.assert_array_equal(again.array, array)
+            assert again.space == volume.space
+        for n in (3, -1):
+            with pytest.raises(UnreadableSeries, match=rf"volume {n} is asked for, .* holds 3, counted") as caught:
+                read_volume(paths, volume=n)
+            assert caught.value.code == "no-such-volume"
+    _, meta = VolumeReader(volume=2).get_data(files)
+    assert meta["medvit_notes"] == "" and meta["medvit_frames"] == ([0] * 5 if kind == "dicom" else [2])
+    with caplog.at_level(logging.WARNING, "medvit"):
+        assert VolumeReader().get_data(files)[1]["medvit_notes"] == note
+    assert note in caplog.text
+
+
+def test_a_volume_whose_files_have_changed_is_not_read_again(tmp_path):
+    source = read_volume(write_dicom_series(tmp_path, phantom(), make_affine())).source
+    with pytest.raises(UnreadableSeries, match="no longer make the volume that they made; read it anew") as caught:
+        read_again(replace(source, frames=(1,) * 5))
+    assert caught.value.code == "no-such-volume"
 
 
 def test_several_nifti_files_are_not_stacked(folder):
@@ -171,9 +220,7 @@ def test_photographs_in_a_folder_do_not_count(folder):
     picture = write_picture(folder / "screenshot.png", colours())
     np.testing.assert_array_equal(read_volume(folder).array, phantom())
     assert read_volume(folder / "screenshot.png").array.shape == (70, 45, 1, 3)
-    with pytest.raises(
-        UnreadableSeries, match="one NIfTI file or photograph makes an image, but 2 files came together"
-    ):
+    with pytest.raises(UnreadableSeries, match="one file of its kind makes an image, but 2 files came together"):
         read_volume([picture, *(folder / "mr").iterdir()][:2])
 
 

@@ -92,6 +92,7 @@ def test_a_stack_that_drifts_by_less_than_rounding_is_orthogonal():
 def test_a_slight_true_tilt_is_kept_in_the_affine():
     planes = [moved(p, np.array(p.down) * 2e-3 * k) for k, p in enumerate(planes_of(make_affine("axial"), 20))]
     stack = arrange(planes, "s")  # 0.046 degrees
+    assert stack.tilt == 0
     np.testing.assert_allclose((stack.affine @ (0, 0, 19, 1))[:3], LPS_TO_RAS[:3, :3] @ planes[19].position, atol=1e-9)
 
 
@@ -99,9 +100,13 @@ def test_a_slight_true_tilt_is_kept_in_the_affine():
 def test_gantry_tilt(degrees):
     planes = planes_of(make_affine("axial", (0.5, 0.5, 5)), 24)
     shift = 5 * np.tan(np.radians(degrees))
-    code, reason = refusal([moved(p, np.array(p.down) * shift * k) for k, p in enumerate(planes)])
-    assert code == "gantry-tilt"
-    assert f"sheared by {abs(degrees):.2f} degrees" in reason and "resample" in reason
+    tilted = [moved(p, np.array(p.down) * shift * k) for k, p in enumerate(planes)]
+    stack = arrange(tilted[::-1], "s")
+    assert stack.tilt == pytest.approx(abs(degrees), abs=1e-9) and stack.order == tuple(range(23, -1, -1))
+    for k in (0, 11, 23):
+        for i, j in ((0, 0), (7, 6)):
+            place = np.array(tilted[k].position) + 0.5 * (i * np.array(tilted[k].across) + j * np.array(tilted[k].down))
+            np.testing.assert_allclose((stack.affine @ (i, j, k, 1))[:3], place * (-1, -1, 1), atol=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,36 @@
+import gc
 import json
 import os
+import re
 import shutil
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pydicom
 import pytest
 from data_synthetic import make_affine, phantom, write_dicom_series, write_nifti
+from dicom_synthetic import (
+    UIDS,
+    arrays_of,
+    measures_group,
+    orientation_group,
+    position_group,
+    write_flat,
+    write_multiframe,
+    write_volumes,
+)
 from photographs_synthetic import colours, write_picture
 from PIL import ImageFile
 from pydicom.data import get_testdata_file
 
+from medvit.data import workers
+from medvit.data.dicom import Group
+from medvit.data.headers import read_header
+from medvit.data.lost import LostFiles
 from medvit.data.reader import read_volume
-from medvit.data.study import discover
+from medvit.data.study import _uniquely_named, discover
 from medvit.errors import MedvitError, NothingFound, OutputError, UnreadableFile, UnreadableSeries
 
 BUNDLED = Path(get_testdata_file("MR_small.dcm", download=False)).parent
@@ -185,7 +203,10 @@ def test_a_dicom_file_without_a_readable_header_is_a_candidate_with_a_problem(tm
     (tmp_path / "cut.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"\2\0\0\0UL\4\0")
     good, bad = discover(tmp_path).series
     assert bad.name == "cut" and isinstance(bad.problem, UnreadableFile)
-    assert good.problem is not None and good.problem.code == "incomplete" and "(cut.dcm)" in str(good.problem)
+    assert good.problem is None  # its name is none of a slice
+    (tmp_path / "cut.dcm").rename(tmp_path / "IM0005.dcm")
+    good, bad = discover(tmp_path).series
+    assert good.problem is not None and good.problem.code == "incomplete" and "(IM0005.dcm)" in str(good.problem)
 
 
 @pytest.mark.parametrize("k", [0, 2, 4])
@@ -312,7 +333,8 @@ def test_a_truncated_slice_spoils_its_series_only(tmp_path):
     files[4].write_bytes(files[4].read_bytes()[:-10])
     a, b = discover(tmp_path).series
     assert b.problem is None and a.problem is not None and a.problem.code == "truncated"
-    assert a.files == tuple(sorted(files)) and a.space is None
+    assert sorted(a.files) == sorted(files) and a.space is None
+    assert f"{files[4].name} of 5 files: the file is cut short" in str(a.problem)
     with pytest.raises(UnreadableSeries, match=files[4].name):
         a.read()
 
@@ -351,10 +373,19 @@ def test_pydicoms_own_zoo():
     assert heart.problem is None and heart.space.shape == (16, 16, 5) and heart.space.spacing[2] == pytest.approx(2.5)
     brain = next(one for one in inventory.series if "Routine_Brain" in one.name)
     assert brain.problem.code == "missing-slice"
+    damaged = {}
     usable = [one for one in inventory.series if one.problem is None]
-    assert len(usable) >= 10
     for one in usable:
-        assert one.read().array.shape == one.space.shape
+        try:
+            array = one.read().array
+        except UnreadableFile as error:  # what headers cannot tell
+            damaged[error.path.name] = str(error)
+            continue
+        assert array.shape == one.space.shape + ((3,) if one.channels == 3 else ())
+        assert np.isfinite(array).all()
+    assert list(damaged) == ["JPEG2000-embedded-sequence-delimiter.dcm"]
+    assert "3722445056" in damaged["JPEG2000-embedded-sequence-delimiter.dcm"]
+    assert len(usable) >= 40
 
 
 # ---- photographs
@@ -437,3 +468,283 @@ def test_a_picture_beside_a_volume_does_not_change_its_name(tmp_path):
         ("scan_4", "scan.bmp"),
     ]
     assert [one.name.lower() for one in after] == sorted(one.name.lower() for one in after)
+
+
+# ---- what real folders hold
+
+
+def accounted(inventory, folder):
+    """Every file below ``folder``, by what became of it; fails for one that is named nowhere, or twice as usable."""
+    used = [file for one in inventory.series if one.problem is None for file in one.origins]
+    refused = {file for one in inventory.series if one.problem is not None for file in one.origins}
+    aside = [one.path for one in inventory.set_aside]
+    there = {path for path in folder.rglob("*") if path.is_file()}
+    assert {*used, *refused, *aside} == there
+    assert not refused & set(aside) and not set(used) & set(aside) and not set(used) & refused
+    assert len(aside) == len(set(aside))
+    return used, refused, aside
+
+
+def test_a_flat_folder_of_several_patients_studies_and_series(tmp_path):
+    """Names in any order, without extensions; equal descriptions, numbers and frames of reference."""
+    arrays, n = {}, 0
+    for patient in range(2):
+        for study in range(2):
+            for number in (3, 4):
+                uid = f"1.2.{patient}.{study}.{number}"
+                array = phantom(seed=n)
+                known = {
+                    "PatientID": str(patient),
+                    "StudyInstanceUID": f"1.2.{patient}.{study}",
+                    "SeriesNumber": number,
+                }
+                for file in write_dicom_series(
+                    tmp_path, array, make_affine("oblique"), prefix=f"x{n}", SeriesInstanceUID=uid, **known
+                ):
+                    file.rename(file.with_name(f"{(int(file.stem[-4:]) * 37 + n * 11) % 101:03d}-{n}"))
+                arrays[uid] = array
+                n += 1
+    inventory = discover(tmp_path)
+    assert len(inventory.series) == len(arrays) == 8
+    assert len({one.name for one in inventory.series}) == 8
+    for one in inventory.series:
+        assert one.problem is None
+        np.testing.assert_array_equal(one.read().array, arrays[one.series_uid])
+        np.testing.assert_allclose(one.space.affine, make_affine("oblique"), atol=2e-6)
+    used, refused, aside = accounted(inventory, tmp_path)
+    assert (len(used), len(refused), len(aside)) == (40, 0, 0)
+
+
+def test_scouts_inside_the_same_series_uid(tmp_path):
+    """Other orientation, spacing, matrix, or labelled: the volume is whole, and its spacing its own."""
+    array = phantom((7, 6, 9))
+    write_dicom_series(tmp_path, array, make_affine("axial"), **UIDS)
+    scout = phantom((7, 6, 1), seed=1)
+    write_dicom_series(tmp_path, scout, make_affine("coronal"), prefix="A", **UIDS)
+    write_dicom_series(tmp_path, scout, make_affine(spacing=(0.817, 1.25, 2.5)), prefix="B", **UIDS)
+    write_dicom_series(tmp_path, phantom((9, 6, 1)), make_affine(), prefix="C", **UIDS)
+    labelled = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+    write_dicom_series(tmp_path, scout, make_affine(), prefix="D", ImageType=labelled, **UIDS)
+    inventory = discover(tmp_path)
+    volumes = {one.space.shape: one for one in inventory.series if len(one.files) > 1}
+    assert list(volumes) == [(7, 6, 9)] and len(inventory.series) == 4
+    np.testing.assert_array_equal(volumes[7, 6, 9].read().array, array)
+    np.testing.assert_allclose(volumes[7, 6, 9].space.affine, make_affine("axial"), atol=2e-6)
+    assert [(a.path.name[0], a.code, a.reason) for a in inventory.set_aside] == [
+        ("D", "localizer", "a scout image, made to plan others")
+    ]
+    accounted(inventory, tmp_path)
+
+
+def test_every_kind_of_file_at_once(tmp_path):
+    """Images beside reports, segmentations, junk, copies, lost and damaged files: each is named exactly once."""
+    good = write_dicom_series(tmp_path / "good", phantom(), make_affine())
+    shutil.copy(good[1], tmp_path / "good" / "copy.dcm")
+    gap = write_dicom_series(tmp_path / "gap", phantom(), make_affine("coronal"))
+    gap[2].unlink()
+    cut = write_dicom_series(tmp_path / "cut", phantom(), make_affine())
+    cut[3].write_bytes(cut[3].read_bytes()[:-7])
+    lost = write_dicom_series(tmp_path / "lost", phantom(), make_affine())
+    lost[0].write_bytes(b"")
+    echoes = [{"EchoTime": 3}, {"EchoTime": 6}]
+    write_volumes(tmp_path / "echoes", arrays_of(2), make_affine(), *echoes, StudyInstanceUID="1.5")
+    write_flat(tmp_path / "xray" / "a", np.zeros((1, 6, 7), np.uint8), "1.1", "DX")
+    for name in ("reportsi.dcm", "liver_1frame.dcm", "rtdose.dcm", "rtplan.dcm", "rtstruct.dcm"):
+        if (BUNDLED / name).is_file():
+            shutil.copy(BUNDLED / name, tmp_path)
+    write_nifti(tmp_path / "scan.nii.gz", phantom(), make_affine())
+    write_picture(tmp_path / "photo.jpg", colours())
+    for name, content in (
+        ("Thumbs.db", b"x"),
+        ("._a.dcm", b"\0\5"),
+        ("notes.txt", b"hello"),
+        ("zeros.bin", b"\0" * 99),
+    ):
+        (tmp_path / name).write_bytes(content)
+    inventory = discover(tmp_path)
+    used, refused, _ = accounted(inventory, tmp_path)
+    problems = {one.name: one.problem.code for one in inventory.series if one.problem}
+    assert problems == {
+        "cut/3_T1_test": "truncated",
+        "gap/3_T1_test": "missing-slice",
+        f"lost/{lost[0].name}": "unreadable",
+        "lost/3_T1_test": "incomplete",
+    }
+    assert {path.parent.name for path in refused} == {"gap", "cut", "lost"} and len(refused) == 4 + 5 + 5
+    assert len(used) == 5 + 10 + 1 + 1 + 1
+    codes = {a.path.name: a.code for a in inventory.set_aside}
+    assert codes["copy.dcm" if "copy.dcm" in codes else good[1].name] == "duplicate"
+    for name in ("Thumbs.db", "._a.dcm", "notes.txt", "zeros.bin", "reportsi.dcm", "liver_1frame.dcm"):
+        assert codes[name] == "not-an-image"
+    assert all(one.reason for one in inventory.set_aside)
+
+
+def test_a_dicomdir_beside_its_files_is_set_aside(tmp_path):
+    shutil.copytree(BUNDLED / "dicomdirtests", tmp_path / "cd")
+    inventory = discover(tmp_path)
+    (directory,) = [one for one in inventory.set_aside if one.path == tmp_path / "cd" / "DICOMDIR"]
+    assert directory.code == "not-an-image" and "Media Storage Directory" in directory.reason
+    assert len(accounted(inventory, tmp_path)[0]) > 20
+
+
+def test_a_dicomdir_alone_is_refused(tmp_path):
+    shutil.copy(BUNDLED / "dicomdirtests" / "DICOMDIR", tmp_path)
+    inventory = discover(tmp_path)
+    (one,) = inventory.series
+    assert one.problem.code == "unreadable" and one.files == (tmp_path / "DICOMDIR",)
+    assert re.search(r"lists \d+ files that are not there, such as \w+; get them too", str(one.problem))
+    accounted(inventory, tmp_path)
+
+
+def test_a_study_in_an_archive(tmp_path):
+    """Its members are images with names below the archive's; nothing of it is read unless asked."""
+    arrays = arrays_of(2)
+    write_volumes(tmp_path / "in" / "p1", arrays, make_affine("oblique"), {"EchoTime": 3}, {"EchoTime": 6})
+    write_nifti(tmp_path / "in" / "p2" / "scan.nii", phantom(seed=5), make_affine())
+    (tmp_path / "in" / "readme.txt").write_text("hello")
+    shutil.make_archive(str(tmp_path / "out" / "study"), "zip", tmp_path / "in")
+    closed = discover(tmp_path / "out")
+    assert closed.series == () and [a.code for a in closed.set_aside] == ["archive"]
+    inventory = discover(tmp_path / "out", unpack=True)
+    assert [one.name for one in inventory.series] == ["study/p1/3_T1_test_v0", "study/p1/3_T1_test_v1", "study/p2/scan"]
+    for one, array in zip(inventory.series, [*arrays, phantom(seed=5)], strict=True):
+        np.testing.assert_array_equal(one.read().array, array)
+    archive = tmp_path / "out" / "study.zip"
+    assert [(a.path, a.code) for a in inventory.set_aside] == [
+        (archive, "archive"),
+        (archive / "readme.txt", "not-an-image"),
+    ]
+    named = {path for one in inventory.series for path in one.origins} | {a.path for a in inventory.set_aside}
+    inside = {archive / path.relative_to(tmp_path / "in") for path in (tmp_path / "in").rglob("*") if path.is_file()}
+    assert named == inside | {archive}
+    unpacked = inventory.series[0].files[0]
+    assert unpacked.is_file()
+    del inventory, one
+    gc.collect()
+    assert not unpacked.exists()  # as long as the series are there, and no longer
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04 no archive at all", b""])
+def test_a_damaged_archive_is_a_failure(tmp_path, content):
+    (tmp_path / "study.zip").write_bytes(content)
+    inventory = discover(tmp_path, unpack=True)
+    if content:
+        (one,) = inventory.series
+        assert one.problem.code == "unreadable" and "study.zip: a damaged archive" in str(one.problem)
+    accounted(inventory, tmp_path)
+
+
+def test_names_of_volumes_never_meet(tmp_path):
+    """``x_v0`` of a series ``x`` beside a file that is called so; and where case does not count."""
+    arrays = [*arrays_of(2), phantom(seed=7), phantom(seed=8)]
+    write_nifti(tmp_path / "x.nii", np.stack(arrays[:2], -1), make_affine())
+    write_nifti(tmp_path / "x_v0.nii", arrays[2], make_affine())
+    write_nifti(tmp_path / "X_V1.nii", arrays[3], make_affine())
+    series = discover(tmp_path).series
+    assert len({one.name.lower() for one in series}) == 4
+    found = {one.files[0].name + str(one.volume if one.volumes > 1 else ""): one.read().array for one in series}
+    for name, array in zip(("x.nii0", "x.nii1", "x_v0.nii0", "X_V1.nii0"), arrays, strict=True):
+        np.testing.assert_array_equal(found[name if name in found else name[:-1]], array)
+
+
+def test_unreadable_files_that_may_belong_to_several_series_are_a_note(tmp_path):
+    """Two series in one folder, files named alike: which of them misses a slice is not known."""
+    for number in (3, 4):
+        files = write_dicom_series(tmp_path, phantom(), make_affine(), SeriesNumber=number, prefix=f"IM{number}")
+    (tmp_path / "IM99999.dcm").write_bytes(b"")
+    lost, *series = sorted(discover(tmp_path).series, key=lambda one: one.problem is None)
+    assert lost.problem.code == "unreadable" and len(series) == 2 and len(files) == 5
+    note = "files beside it cannot be read and may be its first or last slice: 1 (IM99999.dcm)"
+    for one in series:
+        assert one.problem is None and one.notes == (note,) and one.read().notes == (note,)
+
+
+@pytest.mark.parametrize(
+    ("names", "lost"),
+    [
+        (["3fa85f64.dcm", "b4c1d2e9.dcm", "00ff13aa.dcm", "7e57d004.dcm", "5ca1ab1e.dcm"], "0ddba115.dcm"),
+        (["1.2.840.11", "1.2.840.12", "1.2.840.9", "1.2.840.10", "1.2.840.13"], "1.2.840.8"),
+        (["a1-f0", "b2-c3", "0d-9e", "77-a0", "e9-2b"], "c0-1d"),
+    ],
+)
+def test_a_lost_file_is_known_by_its_name_among_others_named_alike(tmp_path, names, lost):
+    """Numbers, UIDs and hashes; it may be the first or last slice, which leaves no gap."""
+    for file, name in zip(write_dicom_series(tmp_path, phantom(), make_affine()), names, strict=True):
+        file.rename(tmp_path / name)
+    (tmp_path / lost).write_bytes(b"\0" * 128 + b"DICM" + b"\2\0\0\0UL\4\0")
+    series = {one.problem.code: one for one in discover(tmp_path).series}
+    assert sorted(series) == ["incomplete", "unreadable"] and lost in str(series["incomplete"].problem)
+
+
+def test_thousands_of_lost_files_take_no_time(tmp_path):
+    (file,) = write_dicom_series(tmp_path, phantom((7, 6, 1)), make_affine())
+    header = read_header(file)
+    groups = [
+        Group(tuple((replace(header, path=tmp_path / f"{c}{k}.dcm"), header.frames[0]) for k in range(100)))
+        for c in range(100)
+    ]
+    paths = [tmp_path / f"{name}{n}.dcm" for name in "x7" for n in range(1000)]
+    start = time.perf_counter()
+    lost = LostFiles(paths, groups)
+    found = [lost.of(group) for group in groups]
+    assert time.perf_counter() - start < 5  # 0.3 s on an idle core
+    assert [(len(probable), len(possible)) for probable, possible in found] == [(0, 1000)] * 100
+
+
+def test_copies_of_a_multi_frame_file_are_dropped(tmp_path):
+    affine = make_affine("oblique")
+    shared = {**measures_group(affine), **orientation_group(affine)}
+    groups = [position_group(affine, k) for k in range(5)]
+    path = write_multiframe(tmp_path / "a.dcm", list(np.moveaxis(phantom(), 2, 0)), groups, shared)
+    shutil.copy(path, tmp_path / "b.dcm")
+    inventory = discover(tmp_path)
+    (one,) = inventory.series
+    assert one.problem is None and [(a.path.name, a.code) for a in inventory.set_aside] == [("b.dcm", "duplicate")]
+    np.testing.assert_array_equal(one.read().array, phantom())
+    accounted(inventory, tmp_path)
+
+
+def told(inventory):
+    """An inventory as values that compare, without the temporary folders of archives."""
+    unequal = dict.fromkeys(("problem", "assembly", "archive"))
+    series = [
+        (replace(one, **unequal, files=one.origins), type(one.problem), str(one.problem).rpartition("/")[2])
+        for one in inventory.series
+    ]
+    return series, inventory.set_aside
+
+
+def test_processes_find_the_same(tree, tmp_path, monkeypatch):
+    shutil.copytree(BUNDLED, tmp_path / "zoo")
+    shutil.make_archive(str(tmp_path / "packed"), "zip", tree / "p2")
+    (tmp_path / "\udcffname.dcm").write_bytes(b"")
+    monkeypatch.setattr(workers, "ENOUGH", 10)
+    monkeypatch.setattr(workers, "_CHUNK", 8)
+    asked = []
+
+    def ask(self, request):
+        asked.append(len(answer := answers(self, request)))
+        return answer
+
+    answers = workers.Workers._ask
+    monkeypatch.setattr(workers.Workers, "_ask", ask)
+    counts = []
+
+    def progress(count):  # gives the processes time to start
+        counts.append(count)
+        time.sleep(0.03 if count < 60 else 0)
+
+    one = told(discover(tmp_path, unpack=True, processes=1))
+    assert not asked
+    two = told(discover(tmp_path, unpack=True, processes=2, progress=progress))
+    assert one[0] == two[0] and one[1] == two[1]
+    assert len(asked) > 10 and min(asked) > 0 and counts == list(range(1, len(counts) + 1))
+    assert any(kind is UnreadableFile for _, kind, _ in two[0])
+    assert any("packed.zip" in str(one.files) for one, _, _ in two[0])
+
+
+def test_equal_names_by_the_thousand_are_numbered_quickly():
+    start = time.process_time()
+    names = [name for name, _ in _uniquely_named([("x", n) for n in range(20_000)] + [("x_7", -1)])]
+    assert len(set(names)) == 20_001 and names[:3] == ["x", "x_2", "x_3"]
+    assert time.process_time() - start < 5  # seconds; 40 if each counted from one

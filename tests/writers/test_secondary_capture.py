@@ -108,7 +108,7 @@ def test_a_radiograph_of_the_first_kind_is_inverted(tmp_path):
 def test_a_mosaic_that_reads_otherwise_is_refused(tmp_path, monkeypatch):
     label_map = synthetic(tmp_path / "in", kind="mosaic")
     other = Volume(np.zeros((9, 7, 5), np.float32), Space.from_affine((9, 7, 5), np.eye(4)), label_map.source)
-    monkeypatch.setattr("medvit.data.reader.read_volume", lambda _: other)
+    monkeypatch.setattr("medvit.data.reader.read_again", lambda _: other)
     with pytest.raises(OutputError, match="9 x 7 x 6 voxels, but has 9 x 7 x 5; predict again"):
         WRITER.write(label_map, tmp_path / "out")
     assert no_files(tmp_path)
