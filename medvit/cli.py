@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from medvit.cli_evaluate import evaluate
 from medvit.cli_weights import weights
 from medvit.errors import MedvitError, NothingFound, OutputError
 from medvit.terminal import console, emit, errors, progress, quiet, say, table
@@ -31,6 +32,7 @@ app = typer.Typer(
     "Exit status: 0 everything succeeded, 1 something failed, 2 wrong usage. No command uses the network.",
 )
 app.add_typer(weights, name="weights")
+app.command()(evaluate)
 
 
 class Format(StrEnum):
@@ -203,6 +205,7 @@ def convert(
         records = []
         total = len(inventory.series) + len(inventory.set_aside)
         if deidentify:
+            total = len(inventory.set_aside) + len({file for one in inventory.series for file in one.files})
             outcomes = without_identifiers(inventory, output, overwrite=overwrite)
         else:
             outcomes = to_nifti(inventory, output, overwrite=overwrite, four_d=four_d)
@@ -297,7 +300,12 @@ def _discover(
         if not screen.is_terminal:
             return discover(inputs, **options)
         with screen.status("reading headers") as status:
-            return discover(inputs, **options, progress=lambda n: status.update(f"reading headers: {n} files"))
+
+            def show(files: int) -> None:
+                if files % 100 == 0:
+                    status.update(f"reading headers: {files} files")
+
+            return discover(inputs, **options, progress=show)
 
 
 def _require_images(inventory: Inventory, inputs: Sequence[Path]) -> None:

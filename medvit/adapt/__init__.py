@@ -1,0 +1,1 @@
+"""From a pre-trained encoder to a number with a confidence interval: fine-tuning, probes, statistics."""
