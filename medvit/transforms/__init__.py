@@ -1,4 +1,4 @@
-"""What MONAI's transforms lack: label maps restored to the source grid, radiographs as RAD-DINO takes them.
+"""What MONAI's transforms lack: for pre-training and adaptation, for radiographs, and for the way back to the source.
 
 Everything here sits in any MONAI ``Compose``. Names are loaded on first use, so that importing this package does not
 import MONAI.
@@ -10,15 +10,44 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from medvit.transforms.crop import MultiCropd, RandResizedCropd
+    from medvit.transforms.foreground import ForegroundCropd
+    from medvit.transforms.gradient import GradientMagnituded
+    from medvit.transforms.hounsfield import HounsfieldWindowsd
+    from medvit.transforms.masked import RandPatchMaskd
+    from medvit.transforms.photometric import RadiographRanged
     from medvit.transforms.radiograph import ResizeShorterSided, rad_dino_preprocessing
     from medvit.transforms.resample import resample_labels
+    from medvit.transforms.respace import Respaced
     from medvit.transforms.restore import ArgmaxLabelsd, RestoreLabelsd
 
-__all__ = ["ArgmaxLabelsd", "ResizeShorterSided", "RestoreLabelsd", "rad_dino_preprocessing", "resample_labels"]
+__all__ = [
+    "ArgmaxLabelsd",
+    "ForegroundCropd",
+    "GradientMagnituded",
+    "HounsfieldWindowsd",
+    "MultiCropd",
+    "RadiographRanged",
+    "RandPatchMaskd",
+    "RandResizedCropd",
+    "ResizeShorterSided",
+    "Respaced",
+    "RestoreLabelsd",
+    "rad_dino_preprocessing",
+    "resample_labels",
+]
 
 _HOMES = {
     "ArgmaxLabelsd": "restore",
+    "ForegroundCropd": "foreground",
+    "GradientMagnituded": "gradient",
+    "HounsfieldWindowsd": "hounsfield",
+    "MultiCropd": "crop",
+    "RadiographRanged": "photometric",
+    "RandPatchMaskd": "masked",
+    "RandResizedCropd": "crop",
     "ResizeShorterSided": "radiograph",
+    "Respaced": "respace",
     "RestoreLabelsd": "restore",
     "rad_dino_preprocessing": "radiograph",
     "resample_labels": "resample",
