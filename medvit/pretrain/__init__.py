@@ -1,0 +1,1 @@
+"""Learning from images without labels: objectives on encoders, and what trains them."""

@@ -1,0 +1,124 @@
+"""How good a network is on cases that it is not trained on, while it trains: watchers for supervised objectives."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from medvit.pretrain.health import Metric, View, evaluation, images_of
+
+
+class Predictions:
+    """Watcher for supervised training: scores on cases that are not trained on.
+
+    Args:
+        data: source with ``batch(indices)`` and labels.
+        view: images of a batch to what the network takes.
+        metrics: labels and scores to a number, by name; see :class:`FeatureHealth`.
+        activation: logits to scores; None: softmax over the classes. Of two classes the second one's score is kept.
+        table: CSV file of case, label and scores, written at each call; None: none. Needs ``data.cases``, as
+            :class:`~medvit.pretrain.images.CachedImages` has them.
+        batch_size: images at a time.
+
+    Attributes:
+        scores: of the last call, float32 ``(N,)`` or ``(N, classes)``, in the order of ``data``; None before.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        view: View,
+        metrics: Mapping[str, Metric],
+        *,
+        activation: Callable[[Tensor], Tensor] | None = None,
+        table: str | Path | None = None,
+        batch_size: int = 128,
+    ):
+        self.data, self.view, self.metrics, self.batch_size = data, view, dict(metrics), batch_size
+        self.activation, self.table = activation, None if table is None else Path(table)
+        self.scores: Tensor | None = None
+
+    def __call__(self, objective: nn.Module) -> dict[str, float]:
+        """Each metric, named ``val_NAME``."""
+        network: Any = objective.network
+        device = next(network.parameters()).device
+        logits, labels = [], []
+        with evaluation(objective), torch.no_grad():
+            for first in range(0, len(self.data), self.batch_size):
+                batch = self.data.batch(range(first, min(first + self.batch_size, len(self.data))))
+                logits.append(network(self.view(images_of(batch).to(device))).float().cpu())
+                labels.append(batch["label"])
+        joined = torch.cat(logits)
+        scores = self.activation(joined) if self.activation else joined.softmax(1)
+        self.scores = scores[:, 1] if scores.dim() == 2 and scores.shape[1] == 2 else scores
+        truth = torch.cat(labels)
+        if self.table is not None:
+            names = [case["case"] for case in self.data.cases]
+            write_table(self.table, names, {**columns("label", truth), **columns("score", self.scores)})
+        return {f"val_{name}": float(metric(truth, self.scores)) for name, metric in self.metrics.items()}
+
+
+class Segmentations:
+    """Watcher for segmentation: Dice of each structure in each case, on whole images.
+
+    A structure that neither the reference nor the prediction of a case holds has no Dice there; means leave it out.
+
+    Args:
+        data: items ``image`` ``(C, *spatial)`` and ``label`` ``(1, *spatial)`` of class numbers, of sizes the network
+            takes; a MONAI data set, whose ``data`` names the cases.
+        structures: names of the classes from 1.
+        table: CSV file of Dice per case and structure, written at each call; None: none.
+    """
+
+    def __init__(self, data: Any, structures: Sequence[str], *, table: str | Path | None = None):
+        self.data, self.structures = data, tuple(structures)
+        self.table = None if table is None else Path(table)
+
+    def __call__(self, objective: nn.Module) -> dict[str, float]:
+        """Means over the cases, ``val_dice_NAME``, and over these, ``val_dice``."""
+        network: Any = objective.network
+        device = next(network.parameters()).device
+        rows = []
+        with evaluation(objective), torch.no_grad():
+            for item in self.data:
+                image, label = (torch.as_tensor(item[key]).as_subclass(Tensor) for key in ("image", "label"))
+                found = network(image[None].to(device)).argmax(1).cpu()
+                rows.append([dice(found[0] == i, label[0] == i) for i in range(1, len(self.structures) + 1)])
+        scores = torch.tensor(rows, dtype=torch.float64)
+        if self.table is not None:
+            names = [case["case"] for case in self.data.data]
+            write_table(self.table, names, dict(zip(self.structures, scores.T, strict=True)))
+        means = {f"val_dice_{name}": float(scores[:, i].nanmean()) for i, name in enumerate(self.structures)}
+        return {**means, "val_dice": float(torch.tensor(list(means.values())).nanmean())}
+
+
+def dice(found: Tensor, truth: Tensor) -> float:
+    """Dice of two boolean masks, ``2 |A and B| / (|A| + |B|)``; NaN if both are empty."""
+    total = int(found.sum()) + int(truth.sum())
+    return 2 * int((found & truth).sum()) / total if total else math.nan
+
+
+def columns(name: str, values: Tensor) -> dict[str, Tensor]:
+    """``(N,)`` as the column ``name``, ``(N, K)`` as ``name_0`` and so on."""
+    return {name: values} if values.dim() == 1 else {f"{name}_{i}": column for i, column in enumerate(values.T)}
+
+
+def write_table(path: Path, cases: Sequence[str], values: Mapping[str, Tensor]) -> None:
+    """A CSV file with a row per case, NaN as an empty cell; written by the first process only, whole or not at all."""
+    if dist.is_initialized() and dist.get_rank():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    with part.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["case", *values])
+        for case, *row in zip(cases, *(column.tolist() for column in values.values()), strict=True):
+            table.writerow([case, *("" if math.isnan(value) else f"{value:.6g}" for value in row)])
+    part.replace(path)

@@ -1,0 +1,80 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+from training_synthetic import Encoder
+
+from medvit.errors import OutputError, WeightsMismatch
+from medvit.pretrain.checkpoint import Checkpoints, export, load_encoder
+
+
+def test_the_newest_state_comes_back_and_old_ones_go(tmp_path):
+    states = Checkpoints(tmp_path, 2, {"seed": 1})
+    assert states.latest() is None
+    for step in (5, 20, 100):
+        states.save(step, {"weights": {"w": torch.full((2,), float(step))}})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000020.pt", "step-000000100.pt"]
+    found = states.latest()
+    assert found["step"] == 100 and found["weights"]["w"].tolist() == [100, 100]
+    states.clear()
+    assert states.latest() is None
+
+
+def test_half_a_state_is_none(tmp_path):
+    states = Checkpoints(tmp_path, 1, {})
+    states.save(3, {})
+    (tmp_path / "step-000000009.part").write_bytes(b"half")
+    assert states.latest()["step"] == 3
+
+
+def test_a_damaged_state_is_told(tmp_path):
+    (tmp_path / "step-000000009.pt").write_bytes(b"nothing")
+    with pytest.raises(OutputError, match=r"step-000000009.pt: not a state of a run \(.*delete it to go on"):
+        Checkpoints(tmp_path, 1, {}).latest()
+
+
+def test_settings_must_agree(tmp_path):
+    Checkpoints(tmp_path, 1, {"seed": 1, "steps": 5}).save(3, {})
+    with pytest.raises(OutputError, match="steps: 5 there, 6 now"):
+        Checkpoints(tmp_path, 1, {"seed": 1, "steps": 6}).latest()
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.head = Encoder(), nn.Linear(12, 2)
+
+
+def test_an_exported_encoder_goes_into_an_encoder_or_a_network(tmp_path):
+    encoder, path = Encoder(), tmp_path / "deep/encoder.safetensors"
+    export(encoder.state_dict(), path, {"name": "toy"})
+    for target in (Encoder(), Network()):
+        assert load_encoder(target, path) is target
+        body = getattr(target, "encoder", target)
+        assert all(torch.equal(body.state_dict()[key], value) for key, value in encoder.state_dict().items())
+    fresh = Encoder()
+    before = fresh.patch.weight.clone()
+    assert torch.equal(load_encoder(fresh, "").patch.weight, before)
+
+
+def test_what_is_dropped_and_fresh_must_be_said(tmp_path):
+    encoder, path = Encoder(), tmp_path / "encoder.safetensors"
+    export({k: v for k, v in encoder.state_dict().items() if k != "cls_token"} | {"old": torch.ones(1)}, path, {})
+    with pytest.raises(WeightsMismatch, match=r"missing \(cls_token\).*unexpected \(old\)"):
+        load_encoder(Encoder(), path)
+    target = Encoder()
+    target.cls_token.data.fill_(7)
+    load_encoder(target, path, drop="old", fresh="cls_.*")
+    assert (target.cls_token == 7).all() and torch.equal(target.patch.weight, encoder.patch.weight)
+
+
+def test_weights_that_are_not_those_of_the_note(tmp_path):
+    path = tmp_path / "encoder.safetensors"
+    with pytest.raises(WeightsMismatch, match="no such weights; pre-train first"):
+        load_encoder(Encoder(), path)
+    export(Encoder().state_dict(), path, {})
+    note = tmp_path / "encoder.safetensors.json"
+    note.write_text(json.dumps({"sha256": "0" * 64}))
+    with pytest.raises(WeightsMismatch, match="expected sha256 0000"):
+        load_encoder(Encoder(), path)

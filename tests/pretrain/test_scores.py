@@ -1,0 +1,129 @@
+import csv
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from medvit.pretrain.objective import Losses, Objective
+from medvit.pretrain.optimizer import adamw, parameter_groups, set_rates
+from medvit.pretrain.schedule import Constant
+from medvit.pretrain.scores import Predictions, Segmentations, dice
+from medvit.pretrain.supervised import Supervised
+
+
+class Classifier(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+        self.head = nn.Linear(3, classes)
+
+    def forward(self, x):
+        return self.head(self.encoder(x))
+
+
+class Source:
+    def __init__(self, count, classes):
+        self.images, self.labels = torch.rand(count, 1, 2, 2), torch.arange(count) % classes
+        self.cases = [{"case": f"case {i}"} for i in range(count)]
+
+    def __len__(self):
+        return len(self.images)
+
+    def batch(self, indices):
+        return {"image": self.images[indices], "label": self.labels[indices]}
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_supervised_is_an_objective():
+    network = Classifier(3)
+    objective = Supervised(network, nn.CrossEntropyLoss())
+    batch = Source(5, 3).batch(slice(None))
+    losses = objective(batch, 0.5)
+    assert isinstance(objective, Objective) and isinstance(losses, Losses)
+    torch.testing.assert_close(losses.loss, F.cross_entropy(network(batch["image"]), batch["label"]))
+    assert objective.encoder is network.encoder and objective.exports == {"network": network}
+    with pytest.raises(ValueError, match="the batch must hold 'label'"):
+        objective({"image": batch["image"]}, 0.0)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_predictions_are_scored_and_written(tmp_path, classes):
+    data, objective = Source(7, classes), Supervised(Classifier(classes), nn.CrossEntropyLoss())
+    expected = objective.network(data.images).softmax(1).detach()
+    expected = expected[:, 1] if classes == 2 else expected
+    seen = {}
+
+    def metric(labels, scores):
+        seen.update(labels=labels, scores=scores)
+        return 0.25
+
+    watcher = Predictions(data, nn.Identity(), {"metric": metric}, table=tmp_path / "p.csv", batch_size=3)
+    assert watcher(objective) == {"val_metric": 0.25}
+    torch.testing.assert_close(seen["scores"], expected)
+    assert torch.equal(seen["labels"], data.labels) and objective.training
+    table = rows(tmp_path / "p.csv")
+    assert [row["case"] for row in table] == [f"case {i}" for i in range(7)]
+    assert list(table[0]) == ["case", "label", *(["score"] if classes == 2 else [f"score_{i}" for i in range(3)])]
+    last = expected[6] if classes == 2 else expected[6, 0]
+    assert float(table[6]["score" if classes == 2 else "score_0"]) == pytest.approx(float(last), rel=1e-5)
+
+
+class Cases(list):
+    data = ({"case": "a"}, {"case": "b"})
+
+
+class Threshold(nn.Module):
+    """Class 1 above 0.5, class 2 above 1.5."""
+
+    def __init__(self):
+        super().__init__()
+        self.at = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return torch.cat([-(x - i).abs() for i in range(3)], 1) + self.at
+
+
+def test_dice_per_structure_and_case(tmp_path):
+    image = torch.tensor([[[0.0, 1.0, 1.0, 2.0]]])
+    items = Cases(
+        [
+            {"image": image, "label": torch.tensor([[[0, 1, 2, 2]]])},
+            {"image": image[..., :3], "label": torch.tensor([[[0, 1, 1]]])},
+        ]
+    )
+    found = Segmentations(items, ["one", "two"], table=tmp_path / "dice.csv")(Supervised(Threshold(), nn.MSELoss()))
+    one, two = (2 / 3 + 1) / 2, 2 / 3
+    assert found == pytest.approx({"val_dice_one": one, "val_dice_two": two, "val_dice": (one + two) / 2})
+    assert rows(tmp_path / "dice.csv") == [
+        {"case": "a", "one": "0.666667", "two": "0.666667"},
+        {"case": "b", "one": "1", "two": ""},
+    ]
+
+
+def test_dice_of_nothing_is_not_a_number():
+    empty, full = torch.zeros(3, dtype=torch.bool), torch.ones(3, dtype=torch.bool)
+    assert math.isnan(dice(empty, empty)) and dice(empty, full) == 0 and dice(full, full) == 1
+
+
+def test_what_decays():
+    network = nn.Module()
+    network.body = nn.Conv3d(1, 2, 3)
+    network.norm = nn.LayerNorm(4)
+    network.cls_token, network.pos_embed = nn.Parameter(torch.zeros(1, 1, 4)), nn.Parameter(torch.zeros(1, 9, 4))
+    network.register_tokens = nn.Parameter(torch.zeros(1, 2, 4))
+    network.relative_bias = nn.Module()
+    network.relative_bias.table = nn.Parameter(torch.zeros(9, 2))
+    network.frozen = nn.Parameter(torch.zeros(3, 3), requires_grad=False)
+    decaying, others = parameter_groups(network)
+    assert [p is network.body.weight for p in decaying["params"]] == [True]
+    assert len(others["params"]) == 7
+    scaled = [decaying, {**others, "lr_scale": 0.5}]
+    optimizer = adamw(scaled, (0.9, 0.95), 1e-8)
+    set_rates(optimizer, Constant(0.2), Constant(0.05), 0.5)
+    assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.2, 0.05), (0.1, 0.0)]

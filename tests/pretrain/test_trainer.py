@@ -1,0 +1,280 @@
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from training_synthetic import Noisy, Toy, make
+
+from medvit.errors import OutputError
+from medvit.models.weights import file_sha256, read_state
+from medvit.pretrain.schedule import Cosine, progress_of
+from medvit.pretrain.trainer import NotFinite, Trainer
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "tests/training_synthetic.py"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def script(*arguments, **environment):
+    variables = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.Popen([sys.executable, SCRIPT, *map(str, arguments)], env=variables, stderr=subprocess.PIPE)
+
+
+def state(folder, step=12):
+    return torch.load(folder / f"checkpoints/step-{step:09d}.pt", weights_only=True)
+
+
+def flat(value, name=""):
+    if isinstance(value, dict):
+        return {k: v for key, part in value.items() for k, v in flat(part, f"{name}/{key}").items()}
+    if isinstance(value, list):
+        return {k: v for i, part in enumerate(value) for k, v in flat(part, f"{name}/{i}").items()}
+    return {name: value}
+
+
+def assert_same(one, other, tolerance=0.0):
+    a, b = flat(one), flat(other)
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            torch.testing.assert_close(b[key], value, rtol=tolerance, atol=tolerance, msg=key)
+        else:
+            assert value == b[key], key
+
+
+def lines(folder):
+    found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("images_per_second", "memory_mb")} for line in found]
+
+
+def test_a_step_is_adamw_on_the_gradient_of_the_batch(tmp_path):
+    made = make(tmp_path, noise=0, steps=3, accumulate=2, clip=0.01, weight_decay=0.1)
+    toy = Toy(0)
+    toy.load_state_dict(made.objective.state_dict())
+    made.run()
+    vectors = [p for n, p in toy.encoder.named_parameters() if p.ndim == 1 or "token" in n]
+    matrices = [p for n, p in toy.encoder.named_parameters() if p.ndim > 1 and "token" not in n]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    reference = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    images, schedule = Noisy().images, Cosine(3e-2, warmup=0.2)
+    for step in range(3):
+        keys = [made.stream.keys(2 * step), made.stream.keys(2 * step + 1)]
+        batch = images[[key.item for part in keys for key in part]]
+        for group in reference.param_groups:
+            group["lr"] = schedule(step / 2)
+        loss = toy({"image": batch}, step / 2).loss
+        reference.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for p in toy.parameters() if p.requires_grad], 0.01)
+        reference.step()
+        toy.after_step(step / 2)
+    trained = state(tmp_path, 3)["objective"]
+    assert_same(toy.state_dict(), trained, 1e-6)
+    assert not torch.equal(trained["encoder.patch.weight"], make(tmp_path / "x").objective.encoder.patch.weight)
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
+    killed = script(tmp_path / "killed", "{}", TOY_KILL="7")
+    make(tmp_path / "whole").run()
+    killed.communicate(timeout=60)
+    assert killed.returncode == -9
+    assert sorted(p.name for p in (tmp_path / "killed/checkpoints").iterdir()) == ["step-000000004.pt"]
+    assert not (tmp_path / "killed/encoder.safetensors.part").exists()
+    make(tmp_path / "killed").run()
+    assert_same(state(tmp_path / "whole"), state(tmp_path / "killed"))
+    assert lines(tmp_path / "whole") == lines(tmp_path / "killed")
+    assert [line["step"] for line in lines(tmp_path / "killed")] == [3, 4, 6, 8, 9, 12]
+    assert (tmp_path / "whole/encoder.safetensors").read_bytes() == (
+        tmp_path / "killed/encoder.safetensors"
+    ).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """The same run in two processes, by DDP and by FSDP2, and the latter stopped and resumed."""
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ddp, fsdp = {"noise": 0, "accumulate": 2}, {"noise": 0, "accumulate": 2, "parallel": "fsdp", "keep": 9}
+    runs = [folder / "ddp", json.dumps(ddp), folder / "fsdp", json.dumps(fsdp)]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [script(*runs, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(2)]
+    for process in processes:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said.decode()[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_equal_one(tmp_path, two_processes, parallel):
+    make(tmp_path, noise=0, accumulate=2).run()
+    assert_same(state(tmp_path), state(two_processes / parallel), 2e-6)
+    assert len(lines(tmp_path)) == len(lines(two_processes / parallel))
+    for one, two in zip(lines(tmp_path), lines(two_processes / parallel), strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_a_sharded_state_goes_on_in_one_process(tmp_path, two_processes):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / "step-000000008.pt").write_bytes((two_processes / "fsdp/checkpoints/step-000000008.pt").read_bytes())
+    make(tmp_path, noise=0, accumulate=2).run()
+    assert_same(state(tmp_path), state(two_processes / "fsdp"), 2e-6)
+
+
+def test_batches_do_not_depend_on_how_they_are_accumulated_or_loaded(tmp_path):
+    make(tmp_path / "one", noise=0).run()
+    make(tmp_path / "four", noise=0, accumulate=4).run()
+    assert_same(state(tmp_path / "one")["objective"], state(tmp_path / "four")["objective"], 1e-6)
+    make(tmp_path / "alone").run()
+    make(tmp_path / "workers", num_workers=2).run()
+    assert_same(state(tmp_path / "alone"), state(tmp_path / "workers"))
+
+
+def test_recomputing_changes_nothing(tmp_path):
+    make(tmp_path / "kept").run()
+    trainer = make(tmp_path / "again", recompute=True)
+    trainer.run()
+    assert_same(state(tmp_path / "kept"), state(tmp_path / "again"))
+    assert trainer.objective.encoder.blocks[0].forward.func.__name__ == "_checkpointed"
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_precisions(tmp_path, precision):
+    trainer = make(tmp_path, precision=precision, noise=0)
+    seen = []
+    trainer.objective.encoder.patch.register_forward_hook(lambda module, given, out: seen.append(out.dtype))
+    trainer.run()
+    make(tmp_path / "float32", noise=0).run()
+    assert set(seen) == {getattr(torch, precision)}
+    first, last = (lines(folder)[-1]["loss"] for folder in (tmp_path / "float32", tmp_path))
+    assert last == pytest.approx(first, rel=0.1)
+    assert all(v.dtype == torch.float32 for v in read_state(tmp_path / "encoder.safetensors").values())
+
+
+class Sick(Toy):
+    """Not finite for some calls, in the loss or only in the gradient."""
+
+    def __init__(self, calls, gradient=False):
+        super().__init__(0)
+        self.calls, self.gradient, self.seen = calls, gradient, 0
+
+    def forward(self, batch, progress):
+        losses = super().forward(batch, progress)
+        self.seen += 1
+        if self.seen in self.calls:
+            bad = (self.encoder.patch.weight * 0).sum().sqrt() if self.gradient else losses.loss * math.nan
+            return losses._replace(loss=losses.loss + bad)
+        return losses
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_step_that_is_not_finite_is_skipped(tmp_path, gradient):
+    sick = Sick({3, 4}, gradient)
+    result = Trainer(sick, Noisy(), output_dir=tmp_path, batch_size=4, steps=6, device="cpu", patience=3).run()
+    assert result["skipped"] == 2 and math.isfinite(result["loss"])
+    assert int(sick.updates) == 4
+    assert all(p.isfinite().all() for p in sick.parameters())
+
+
+def test_too_many_of_them_stop_the_run_with_a_state(tmp_path):
+    sick = Sick(set(range(3, 99)))
+    trainer = Trainer(sick, Noisy(), output_dir=tmp_path, batch_size=4, steps=20, device="cpu", patience=3)
+    with pytest.raises(NotFinite, match=r"step 5: .* 3 steps in a row .*loss nan.*Lower the learning rate"):
+        trainer.run()
+    assert all(v.isfinite().all() for v in state(tmp_path, 5)["objective"].values())
+
+
+def test_a_state_of_another_run_is_refused(tmp_path):
+    make(tmp_path).run()
+    with pytest.raises(OutputError, match=r"batch_size: 8 there, 4 now.*seed: 11 there, 12 now"):
+        make(tmp_path, batch_size=4, seed=12).run()
+    make(tmp_path, batch_size=4, seed=12, resume=False, steps=2).run()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000000002.pt"]
+    assert [line["step"] for line in lines(tmp_path)] == [2]
+
+
+def test_a_finished_run_has_nothing_left_to_do(tmp_path):
+    assert make(tmp_path).run()["loss"] > 0
+    before = lines(tmp_path)
+    assert make(tmp_path).run() == {}
+    assert lines(tmp_path) == before
+
+
+def test_the_encoder_is_exported_with_what_it_is(tmp_path):
+    trainer = make(tmp_path, description={"network_def": {"name": "toy"}})
+    trainer.run()
+    note = json.loads((tmp_path / "encoder.safetensors.json").read_text())
+    assert note["sha256"] == file_sha256(tmp_path / "encoder.safetensors")
+    assert note["network_def"] == {"name": "toy"} and note["step"] == note["steps"] == 12
+    assert_same(read_state(tmp_path / "encoder.safetensors"), trainer.objective.encoder.state_dict())
+
+
+def test_watchers_and_pictures_leave_no_trace(tmp_path):
+    make(tmp_path / "plain").run()
+    trainer, modes = make(tmp_path / "watched", watch_every=4), []
+
+    def watcher(objective):
+        modes.append((objective.training, torch.is_grad_enabled()))
+        return {"drawn": float(torch.rand(()))}
+
+    trainer.watchers = (watcher,)
+    trainer.objective.pictures = lambda batch: {"first": batch["image"][0, 0].sigmoid()}
+    assert 0 <= trainer.run()["drawn"] < 1
+    assert modes == [(False, False)] * 3
+    assert_same(state(tmp_path / "plain"), state(tmp_path / "watched"))
+    names = sorted(path.name for path in (tmp_path / "watched/pictures").iterdir())
+    assert names == [f"first-{step:09d}.png" for step in (4, 8, 12)]
+
+
+def test_sources_take_turns(tmp_path):
+    seen = []
+    small, large = Noisy(6), Noisy(10)
+    large.images = large.images.repeat(1, 1, 2, 2)
+    toy = Toy()
+    toy.encoder.register_forward_pre_hook(lambda module, given: seen.append(given[0].shape[-1]))
+    Trainer(toy, [small, large], output_dir=tmp_path, batch_size=4, accumulate=2, epochs=2, device="cpu").run()
+    assert seen == [8, 16] * 6
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"precision": "half"}, r"precision must be one of .*got 'half'"),
+        ({"parallel": "fsdp", "precision": "float16"}, "use bfloat16"),
+        ({"batch_size": 9, "accumulate": 2}, r"multiple of accumulate x processes = 2 x 1, got 9; use 8"),
+        ({"steps": None}, "either steps or epochs"),
+        ({"epochs": 3}, "either steps or epochs"),
+        ({"steps": 0}, "at least one step"),
+        ({"keep": 0}, "keep must be at least 1"),
+    ],
+)
+def test_settings_that_do_not_fit(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, **settings)
+
+
+def test_nothing_to_train(tmp_path):
+    trainer = make(tmp_path)
+    trainer.objective.requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to train"):
+        trainer.run()
+
+
+def test_progress_runs_from_zero_to_one():
+    assert [progress_of(step, 5) for step in range(5)] == [0, 0.25, 0.5, 0.75, 1]
+    assert progress_of(0, 1) == 0
