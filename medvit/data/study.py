@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 import weakref
@@ -19,16 +18,16 @@ from medvit.data.lost import LostFiles, name_pattern
 from medvit.data.regrid import AS_IT_IS, Repairs
 from medvit.data.space import Space
 from medvit.data.volume import Source, Volume
+from medvit.data.walk import Found, absolute, files_of
+from medvit.data.walk import is_folder as is_folder
 from medvit.data.workers import Workers
-from medvit.errors import MedvitError, NothingFound, OutputError, UnreadableFile
+from medvit.errors import MedvitError, UnreadableFile
 
 _DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 _JUNK = ("._", ".ds_store", "thumbs.db", "desktop.ini")
 _BLANK = "nothing in it but zero bytes"
 _UNKNOWN = "no DICOM, NIfTI, NRRD, MetaImage, PNG, JPEG, TIFF or BMP file"
-_MANIFEST = "manifest.jsonl"
 _START = 262  # bytes at the beginning of a file that tell what it is; of tar archives the last five of them
-_STAGING = ".medvit-"  # folders that an interrupted run left behind
 
 
 class _Archive:
@@ -126,16 +125,6 @@ class Inventory:
     set_aside: tuple[SetAside, ...]
 
 
-@dataclass(frozen=True)
-class _Found:
-    """One file, the input it was found under, the manifest of the run that made it; whether an archive held it."""
-
-    path: Path
-    base: Path
-    manifest: Path | None = None
-    archived: bool = False
-
-
 _Entry = Header | Series | SetAside
 
 
@@ -166,13 +155,13 @@ def discover(
         NothingFound: an input path does not exist.
         OutputError: ``exclude`` is an input.
     """
-    found: dict[Path, _Found] = {}
+    found: dict[Path, Found] = {}
     origins: dict[Path, _Archive] = {}
     headers: list[Header] = []
     series: list[Series] = []
     set_aside: list[SetAside] = []
     with Workers(processes) as workers:
-        entries = _entries(_files(_checked(inputs, exclude), exclude), workers, origins if unpack else None)
+        entries = _entries(files_of(absolute(inputs, exclude), exclude), workers, origins if unpack else None)
         for count, (one, entry) in enumerate(entries, start=1):
             found[one.path] = one
             for part in entry if isinstance(entry, list) else [entry]:
@@ -221,8 +210,8 @@ def discover(
 
 
 def _entries(
-    files: Iterable[_Found], workers: Workers, origins: dict[Path, _Archive] | None
-) -> Iterator[tuple[_Found, _Entry | list[_Entry]]]:
+    files: Iterable[Found], workers: Workers, origins: dict[Path, _Archive] | None
+) -> Iterator[tuple[Found, _Entry | list[_Entry]]]:
     """Every file with what it is, those of archives after the archive; ``origins`` learns which these came from."""
     for one, entry in workers.map(_examine, files):
         if origins is None or not (isinstance(entry, SetAside) and entry.code == "archive"):
@@ -239,7 +228,7 @@ def _entries(
             name = _relative(one.path.with_name(f"{archives.stem(one.path)}_{number}"), one.base)
             inside.append(Series("archive", (one.path,), name, problem=problem))
         yield one, inside
-        members = (replace(member, archived=True) for member in _files([archive.unpacked.folder], None))
+        members = (replace(member, archived=True) for member in files_of([archive.unpacked.folder]))
         for member, what in workers.map(_examine, members):
             origins[member.path] = archive
             yield member, what
@@ -248,11 +237,6 @@ def _entries(
 def _with_origin(aside: SetAside, origins: dict[Path, _Archive]) -> SetAside:
     archive = origins.get(aside.path)
     return replace(aside, path=archive.unpacked.original(aside.path)) if archive else aside
-
-
-def is_folder(path: Path) -> bool:
-    """True for a folder; unlike ``Path.is_dir`` False, and no exception, for a link to where there is no access."""
-    return os.path.isdir(path)  # noqa: PTH112
 
 
 def is_photograph(path: Path, start: bytes) -> bool:
@@ -264,72 +248,7 @@ def is_photograph(path: Path, start: bytes) -> bool:
     )
 
 
-def _checked(inputs: str | Path | Iterable[str | Path], exclude: str | Path | None) -> list[Path]:
-    """The inputs as absolute paths, so that those of one series have a common folder."""
-    given = [Path(inputs)] if isinstance(inputs, str | Path) else [Path(path) for path in inputs]
-    for path in given:
-        if not os.path.lexists(path):
-            raise NothingFound(f"{path}: no such file or folder")
-        if exclude is not None and path.resolve() == Path(exclude).resolve():
-            raise OutputError(f"{exclude}: is an input too; choose another output folder, inside it if you like")
-    return [path.absolute() for path in given]
-
-
-def _files(paths: Iterable[Path], exclude: str | Path | None) -> Iterator[_Found]:
-    """Regular files below ``paths``, each once and each folder once, in sorted order."""
-    seen_files: set[Path] = set()
-    seen_folders: set[tuple[int, int]] = set()
-    results: dict[Path, Path] = {}
-    if exclude is not None and is_folder(Path(exclude)):
-        status = Path(exclude).stat()
-        seen_folders.add((status.st_dev, status.st_ino))
-    for path in paths:
-        if not is_folder(path):
-            candidates: Iterable[Path] = [path]
-            base = path.parent
-        else:
-            candidates, base = _walk(path, seen_folders, results), path
-        for file in candidates:
-            if file not in seen_files:
-                seen_files.add(file)
-                yield _Found(file, base, results.get(file))
-
-
-def _walk(folder: Path, seen: set[tuple[int, int]], results: dict[Path, Path]) -> Iterator[Path]:
-    """Files below ``folder``, and folders that cannot be listed; manifests on the way are added to ``results``."""
-    closed: list[OSError] = []
-    for root, folders, names in os.walk(folder, followlinks=True, onerror=closed.append):
-        status = Path(root).stat()
-        if (status.st_dev, status.st_ino) in seen:  # a link back up, an input inside another, or excluded
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith(_STAGING))
-        if _MANIFEST in names:
-            manifest = Path(root) / _MANIFEST
-            results.update(dict.fromkeys(_outputs(manifest), manifest))
-        for name in sorted(names):
-            yield Path(root) / name
-    yield from (Path(str(error.filename)) for error in closed)
-
-
-def _outputs(manifest: Path) -> Iterator[Path]:
-    """Files that the records of a run name as its outputs; lines that are none of such records do not count."""
-    try:
-        if not manifest.is_file():  # a pipe would block for ever
-            return
-        lines = manifest.read_bytes().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        try:
-            outputs = json.loads(line)["outputs"]
-            yield from [manifest.parent / output for output in outputs]
-        except (ValueError, KeyError, TypeError, RecursionError):  # failed cases have no outputs; damaged lines
-            continue
-
-
-def _examine(found: _Found) -> _Entry:
+def _examine(found: Found) -> _Entry:
     """What one file is."""
     path = found.path
     lower = path.name.lower()
@@ -378,7 +297,7 @@ def _examine(found: _Found) -> _Entry:
     )
 
 
-def _unreadable(found: _Found, reason: str) -> Series:
+def _unreadable(found: Found, reason: str) -> Series:
     """A file that may be an image, or a folder that may hold some: it must count as a failure and not vanish."""
     lower = found.path.name.lower()
     kind = "nifti" if lower.endswith(nifti.SUFFIXES) else "raster" if lower.endswith(raster.SUFFIXES) else "dicom"
@@ -412,7 +331,7 @@ def _blank_slices(set_aside: Iterable[SetAside], headers: Iterable[Header]) -> d
     return lost
 
 
-def _volume_series(found: _Found) -> Series | SetAside:
+def _volume_series(found: Found) -> Series | SetAside:
     """A NIfTI, MetaImage or NRRD file, of one volume or several; voxels beside their header are set aside."""
     path = found.path
     known: nifti.NiftiHeader | itk.ItkHeader
@@ -450,7 +369,7 @@ def _numbered(name: str, number: int, count: int) -> str:
     return f"{name}_v{number:0{len(str(count - 1))}d}" if count > 1 else name
 
 
-def _raster_series(found: _Found) -> Series:
+def _raster_series(found: Found) -> Series:
     path = found.path
     name = _relative(path.with_name(raster.stem(path)), found.base)
     try:

@@ -292,10 +292,10 @@ def test_attributes_that_are_missing_or_contradict(path, tags, message):
 def test_padding_behind_the_pixels_is_no_image(path):
     frames = grey()
     ds = dataset(frames)
-    for more in (1, 2, 20):
+    for more in (1, 2, 7):  # up to a row
         ds.PixelData = frames.tobytes() + bytes(2 * more)
         np.testing.assert_array_equal(decode(save(path, ds)).stored, frames)
-    for more in (bytes(70), b"\0\1"):
+    for more in (bytes(16), bytes(70), b"\0\1"):
         ds.PixelData = frames.tobytes() + more
         with pytest.raises(UnreadableFile, match=r"but 2.. are there; export it again"):
             decode(save(path, ds))
