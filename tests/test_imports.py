@@ -20,7 +20,8 @@ ALLOWED = {
     "dims": set(), "errors": set(), "registry": set(),
     "kernels": BASE, "layers": LAYERS, "models": MODELS, "pretrain": ENCODERS, "adapt": ENCODERS,
     "data": {"dims", "errors"}, "transforms": PATIENT, "writers": PATIENT, "inference": INFERENCE,
-    "bundle": BUNDLE, "terminal": {"errors"}, "cli_weights": {"terminal", *BUNDLE}, "cli_evaluate": {"terminal", *BUNDLE},
+    "bundle": BUNDLE, "terminal": {"errors"}, "cli_weights": {"terminal", *BUNDLE},
+    "cli_evaluate": {"terminal", *BUNDLE},
     "cli": {"bundle", "cli_evaluate", "cli_weights", "terminal", *BUNDLE}, "__init__": {"registry", "errors"},
 }  # fmt: skip
 # The tensor tower has never heard of a patient, a file or MONAI.

@@ -164,19 +164,6 @@ class ViT(nn.Module):
         out: Tensor = self.head(self.encoder.embed(x))
         return out
 
-    def layer_ids(self) -> dict[str, int]:
-        """Depth of each parameter, for layer-wise learning rates.
-
-        0 for cls token, positions and patch embedding, ``j + 1`` for block ``j``, ``depth + 1`` for norm and head.
-        """
-        last = len(self.encoder.blocks) + 1
-        ids = {}
-        for name, _ in self.named_parameters():
-            part, *rest = name.removeprefix("encoder.").split(".")
-            early = part in ("cls_token", "pos_embed", "patch_embed")
-            ids[name] = int(rest[0]) + 1 if part == "blocks" else 0 if early else last
-        return ids
-
 
 def vit_blocks(
     dim: int, depth: int, num_heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = True, drop_path_rate: float = 0.0

@@ -178,14 +178,6 @@ def test_fresh_weights_are_the_authors():
     assert biases == []
 
 
-def test_layer_ids_count_blocks():
-    ids = network(num_classes=2, depth=3, global_pool="cls").layer_ids()
-    assert set(ids) == {n for n, _ in network(num_classes=2, depth=3, global_pool="cls").named_parameters()}
-    assert {ids[n] for n in ids if "patch_embed" in n or "cls_token" in n or "pos_embed" in n} == {0}
-    assert (ids["encoder.blocks.0.norm1.weight"], ids["encoder.blocks.2.mlp.fc2.bias"]) == (1, 3)
-    assert {ids[n] for n in ("encoder.norm.weight", "head.bias")} == {4}
-
-
 # --- export
 
 
