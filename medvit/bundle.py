@@ -1,8 +1,8 @@
 """MONAI bundles: finding them, checking them, and turning their configuration into objects.
 
 A bundle is a folder with ``configs/metadata.json``, ``configs/inference.json`` and ``models/model.pt``; see MONAI's
-bundle specification. medvit's own facts stand in the metadata under ``"medvit"``: ``weights_sha256`` and ``structures``
-(codes and colours per label; their names are the ``channel_def`` of ``pred``).
+bundle specification. medvit's own facts stand in the metadata under ``"medvit"``: ``weights_sha256`` and, where labels
+are drawn, ``structures`` (codes and colours of each). Names of labels and classes are the ``channel_def`` of ``pred``.
 """
 
 from __future__ import annotations
@@ -181,17 +181,94 @@ def folder_runner(
     from medvit.inference.predictor import Predictor
 
     predictor = Predictor(dataset.transform, network, inferer, postprocessing, structures(metadata), device)
-    name, version = str(metadata["name"]), str(metadata["version"])
-    provenance = {
-        "bundle": name,
-        "bundle_version": version,
+    provenance = _provenance(metadata, device, settings, formats)
+    writers = make_writers(formats, provenance["bundle"], provenance["bundle_version"])
+    return FolderRunner(dataset.data, predictor, writers, output_dir, existing=existing, provenance=provenance)
+
+
+def classes(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the classes of a bundle that classifies, in the order of its logits: the ``channel_def`` of ``pred``.
+
+    Raises:
+        BundleError: it is absent or does not name every channel.
+    """
+    pred = metadata.get("network_data_format", {}).get("outputs", {}).get("pred", {})
+    names = pred.get("channel_def", {})
+    if not names or list(names) != [str(n) for n in range(int(pred.get("num_channels", 0)))]:
+        raise BundleError(f"the channel_def of pred must name its channels 0, 1 and so on, got {names}")
+    return tuple(names.values())
+
+
+def vector_runner(
+    dataset: Any,
+    network: nn.Module,
+    inferer: Any,
+    postprocessing: Any,
+    metadata: Mapping[str, Any],
+    output_dir: str | Path,
+    formats: Sequence[str],
+    existing: str,
+    device: torch.device | str,
+    settings: Mapping[str, Any],
+) -> FolderRunner:
+    """The evaluator of a bundle that classifies images: as :func:`folder_runner`, but tables instead of label maps.
+
+    Args:
+        dataset: as there; images of one size.
+        network: ``(1, C, *spatial)`` to logits ``(1, K)``; for the format ``"embedding"`` with an encoder of medvit's
+            contract, see :func:`medvit.models.heads.as_encoder`.
+        inferer: MONAI inferer, called as ``inferer(inputs, network)``.
+        postprocessing: MONAI dictionary transform from logits ``pred`` ``(K,)`` to probabilities ``(K,)``.
+        metadata: the bundle's, for the names of the classes and for the manifest.
+        output_dir: as there.
+        formats: see :func:`~medvit.inference.formats.make_vector_writers`.
+        existing: as there.
+        device: as there.
+        settings: as there.
+    """
+    from medvit.adapt.embeddings import Embeddings
+    from medvit.adapt.fingerprint import state_sha256
+    from medvit.inference.batch import FolderRunner
+    from medvit.inference.formats import make_vector_writers
+    from medvit.inference.vectors import EMBEDDING, SCORES, VectorPredictor, VectorReport
+    from medvit.models.heads import as_encoder
+
+    names = classes(metadata)
+    writers = make_vector_writers(formats, names)
+    heads: dict[str, Any] = {}
+    report = VectorReport(names)
+    if SCORES in formats:
+        heads[SCORES] = lambda images: postprocessing({"pred": inferer(images, network)[0]})["pred"]
+    if EMBEDDING in formats:
+        encoder: Any = as_encoder(network)
+        heads[EMBEDDING] = lambda images: inferer(images, encoder.embed)[0]
+        sha256 = state_sha256(encoder.state_dict())
+        report = VectorReport(
+            names, lambda cases, vectors, path: Embeddings(vectors, tuple(cases), sha256).save(path), sha256
+        )
+    return FolderRunner(
+        dataset.data,
+        VectorPredictor(dataset.transform, heads, device),
+        writers,
+        output_dir,
+        existing=existing,
+        provenance=_provenance(metadata, device, settings, formats),
+        report=report,
+    )
+
+
+def _provenance(
+    metadata: Mapping[str, Any], device: torch.device | str, settings: Mapping[str, Any], formats: Sequence[str]
+) -> dict[str, Any]:
+    """What the manifest says of the bundle and how it was run."""
+    return {
+        "bundle": str(metadata["name"]),
+        "bundle_version": str(metadata["version"]),
         "weights_sha256": metadata["medvit"]["weights_sha256"],
         "device": str(device),
         "settings": {**settings, "formats": list(formats)},
         "versions": _versions(),
     }
-    writers = make_writers(formats, name, version)
-    return FolderRunner(dataset.data, predictor, writers, output_dir, existing=existing, provenance=provenance)
 
 
 def _versions() -> dict[str, str]:
@@ -327,7 +404,13 @@ class Bundle:
             raise BundleError(f"the metadata call the bundle {self.metadata.get('name')!r}, its folder {self.name!r}")
         if self.metadata.get("version") not in self.metadata.get("changelog", {}):
             raise BundleError(f"version {self.metadata.get('version')!r} is not in the changelog")
-        structures(self.metadata)
+        (classes if self._classifies else structures)(self.metadata)
+
+    @property
+    def _classifies(self) -> bool:
+        """Whether the network gives a vector per image and no label map, by MONAI's word for it."""
+        outputs = self.metadata.get("network_data_format", {}).get("outputs", {})
+        return bool(outputs.get("pred", {}).get("type") == "probabilities")
 
     def _check_weights(self) -> None:
         from medvit.models.weights import read_state
@@ -345,7 +428,7 @@ class Bundle:
         size = [n if isinstance(n, int) else 64 for n in image["spatial_shape"]]
         with torch.inference_mode():
             out = self.network()(torch.zeros(1, image["num_channels"], *size))
-        expected = (1, pred["num_channels"], *size)
+        expected = (1, pred["num_channels"], *(() if self._classifies else size))
         if tuple(out.shape) != expected:
             raise BundleError(f"by the metadata the network returns {expected}, it returns {tuple(out.shape)}")
         if not out.isfinite().all():

@@ -28,7 +28,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    help="Segment medical images with MONAI bundles, and look at what is in a folder of images first.\n\n"
+    help="Segment and classify medical images with MONAI bundles, and look at what is in a folder of images first.\n\n"
     "Exit status: 0 everything succeeded, 1 something failed, 2 wrong usage. No command uses the network.",
 )
 app.add_typer(weights, name="weights")
@@ -46,6 +46,8 @@ class Format(StrEnum):
     rtstruct = "rtstruct"
     secondary_capture = "secondary-capture"
     report = "report"
+    scores = "scores"
+    embedding = "embedding"
 
 
 class Tilt(StrEnum):
@@ -100,11 +102,12 @@ def predict(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Windows per forward pass.")] = None,
     amp: Annotated[bool, typer.Option("--amp", help="bfloat16: faster, labels can differ at borders.")] = False,
 ) -> None:
-    """Segment every image found in INPUTS.
+    """Segment or classify every image found in INPUTS, as BUNDLE does.
 
-    Writes for each case a label map on the source's own grid (NIfTI; DICOM SEG for DICOM sources; PNG for photographs)
-    and an overlay picture, and for the run `volumes.csv`, `volumes.json` and `manifest.jsonl` (one line per case, with
-    the reason of every failure). One bad case never stops the others.
+    Segmentation: for each case a label map on the source's own grid (NIfTI; DICOM SEG for DICOM sources; PNG for
+    photographs) and an overlay picture, for the run `volumes.csv` and `volumes.json`. Classification: `predictions.csv`
+    with a row per image. Both: `manifest.jsonl`, one line per case, with the reason of every failure. One bad case
+    never stops the others.
 
     Example: `medvit predict hippocampus_swin_unetr study/ --output results/`
     """
@@ -343,7 +346,10 @@ def _grid(series: Series) -> tuple[str, str, str]:
 
 
 def _sizes(records: Sequence[dict[str, Any]]) -> tuple[Sequence[str], list[Sequence[Any]]]:
-    """Header and rows of what a run found: volumes, or areas where there are photographs among the cases."""
+    """Header and rows of what a run found: probabilities, volumes, or areas where photographs are among the cases."""
+    scored = [(r["case"], r["scores"]) for r in records if "scores" in r]
+    if scored:
+        return ("case", *scored[0][1]), [(case, *scores.values()) for case, scores in scored]
     rows = [(r["case"], v) for r in records for v in r.get("volumes", ())]
     volumes = [f"{v['volume_mm3']:.1f}" if v["volume_mm3"] is not None else "-" for _, v in rows]
     header: tuple[str, ...] = ("case", "structure", "volume mm³")

@@ -2,8 +2,9 @@
 
     python scripts/freeze_weights.py bundles/NAME runs/NAME/checkpoint.pt --key ema --half
 
-The checkpoint may be a plain state dict or a dict of them (--key picks one). The weights must fit the bundle's network
-key by key. With --half they are stored in float16, which networks convert back when they load them.
+The checkpoint may be a plain state dict (.pt or .safetensors) or a dict of them (--key picks one). The weights must
+fit the bundle's network key by key. With --half they are stored in float16, which networks convert back when they load
+them.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import argparse
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from medvit.bundle import WEIGHTS, Bundle, find_bundle
 from medvit.errors import MedvitError, WeightsMismatch
-from medvit.models.weights import file_sha256, load_weights
+from medvit.models.weights import file_sha256, load_weights, read_state
 from medvit.writers.base import atomic
 
 
@@ -44,7 +46,10 @@ def freeze(bundle: Bundle, checkpoint: Path, key: str | None = None, half: bool 
     """
     if not checkpoint.is_file():
         raise WeightsMismatch(f"{checkpoint}: no such checkpoint")
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if checkpoint.suffix == ".safetensors":
+        state: dict[str, Any] = dict(read_state(checkpoint))
+    else:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     if key is not None:
         if key not in state:
             raise WeightsMismatch(f"{checkpoint}: has no entry {key!r}, but {', '.join(map(str, state))}")

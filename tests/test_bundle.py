@@ -180,7 +180,7 @@ def test_paths_that_are_syntax_to_monai_work_as_paths(tmp_path):
 
 def test_what_is_wrong_is_raised_without_monais_wrapping(tiny, study, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(NothingFound, match=r"empty: no DICOM series of modality MR and no NIfTI file found"):
+    with pytest.raises(NothingFound, match=r"empty: no DICOM series of modality MR and no NIfTI file and no MetaImage"):
         tiny.runner(dataset_dir=tmp_path / "empty")
     with pytest.raises(BundleError, match="device 'gpu' is unknown"):
         tiny.runner(dataset_dir=study, device_name="gpu")

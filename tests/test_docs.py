@@ -134,7 +134,8 @@ def test_every_code_is_explained_and_no_other() -> None:
 @pytest.mark.parametrize("name", ["inference", "train"])
 def test_every_knob_is_explained_and_no_other(name: str) -> None:
     table = section(ROOT / "docs/bundles.md", f"\n`{name}.json`:\n", "\n## " if name == "train" else "\n`train.json`")
-    assert set(first_column(table)) == {knob for bundle in BUNDLES for knob in knobs(bundle, name)}
+    having = [bundle for bundle in BUNDLES if (bundle / f"configs/{name}.json").is_file()]
+    assert set(first_column(table)) == {knob for bundle in having for knob in knobs(bundle, name)}
 
 
 def knobs(bundle: Path, name: str) -> set[str]:

@@ -167,7 +167,7 @@ def test_volumes_are_skipped_with_a_line_and_photographs_by_other_bundles(bundle
     assert "mr/3_T1_test: skipped, it is a DICOM series and not a photograph" in result.stderr
     assert len(manifest(tmp_path / "out")) == 4
     result = medvit("predict", "hippocampus_swin_unetr", album / "p1", "-o", tmp_path / "other", code=1)
-    assert "no NIfTI file found; there is: photograph: 2, not taken here" in result.stderr
+    assert "no NIfTI file and no MetaImage or NRRD file found; there is: photograph: 2, not taken here" in result.stderr
     result = medvit("predict", bundle, album / "mr", "-o", tmp_path / "other", code=1)
     assert "no photograph found; there is: DICOM series: 1, not taken here" in result.stderr
 
@@ -255,4 +255,4 @@ def test_convert_leaves_photographs_out(album, tmp_path):
     assert np.array_equal(np.asarray(nibabel.load(tmp_path / "out/brain.nii.gz").dataobj), phantom())
     assert "p1/left\tset-aside\t-\ta photograph: it has no place in millimetres" in result.stdout
     assert result.stderr.splitlines()[-1] == "1 written, 0 rejected, 4 set aside"
-    medvit("convert", album / "p1", "-o", tmp_path / "none", code=1)
+    medvit("convert", album / "p1", "-o", tmp_path / "none")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as as_bytes
 from torch import Tensor, nn
 
 from medvit.adapt.fingerprint import state_sha256
@@ -66,11 +66,15 @@ class Embeddings:
         return self.vectors[name][[place[case] for case in cases]]
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, whole or not at all; one that exists is replaced."""
+        """Write a safetensors file, whole or not at all; one that exists is replaced. Equal embeddings give equal bytes."""
         path = Path(path)
         part = path.with_name(path.name + ".part")
         metadata = {"cases": json.dumps(self.cases), "encoder_sha256": self.encoder_sha256}
-        save_file({name: values.contiguous() for name, values in self.vectors.items()}, part, metadata)
+        data = as_bytes({name: values.contiguous() for name, values in self.vectors.items()}, metadata)
+        end = 8 + int.from_bytes(data[:8], "little")
+        header = json.dumps(json.loads(data[8:end]), sort_keys=True).encode()  # safetensors orders metadata at random
+        header += b" " * (-len(header) % 8)
+        part.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
         part.replace(path)
 
     @classmethod

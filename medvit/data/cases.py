@@ -14,7 +14,13 @@ from medvit.errors import NothingFound
 VOLUMES = ("dicom", "nifti", "itk")
 # photographs of formats that are not read: among photographs they are lost cases, not litter
 _OTHER_PHOTOGRAPHS = {".avif", ".gif", ".heic", ".heif", ".webp"}
-_KINDS = {"dicom": "DICOM series", "nifti": "NIfTI file", "itk": "MetaImage or NRRD file", "raster": "photograph"}
+_KINDS = {
+    "dicom": "DICOM series",
+    "nifti": "NIfTI file",
+    "itk": "MetaImage or NRRD file",
+    "raster": "photograph",
+    "projection": "DICOM radiograph",
+}
 _log = logging.getLogger("medvit")
 
 
@@ -37,8 +43,9 @@ def list_cases(
             always taken.
         key: of the image in each dictionary.
         exclude: a folder that is not entered: give the output folder, lest results of an earlier run become inputs.
-        kinds: what to take: some of ``"dicom"``, ``"nifti"``, ``"itk"`` and ``"raster"`` (photographs). Volumes and
-            photographs are never mixed unless asked for: no network takes both by mistake.
+        kinds: what to take: some of ``"dicom"``, ``"nifti"``, ``"itk"``, ``"raster"`` (photographs and other pictures)
+            and ``"projection"`` (of DICOM, only images without a place in the patient; each file is a case). Volumes
+            and photographs are never mixed unless asked for: no network takes both by mistake.
 
     Returns:
         ``[{key: path or list of paths (str), "case": name, "notes": what a person should know (list of str)}, ...]``.
@@ -66,8 +73,13 @@ def list_cases(
     return [{key: _files(one), "case": one.name, "notes": list(one.notes)} for one in chosen]
 
 
+def _takes(one: Series, kinds: Sequence[str]) -> bool:
+    unknown = one.problem is not None and not one.modality  # may be what is asked for: to fail, not to vanish
+    return one.kind in kinds or ("projection" in kinds and one.kind == "dicom" and (unknown or not one.placed))
+
+
 def _is_kind(one: Series, kinds: Sequence[str]) -> bool:
-    if one.kind in kinds or is_folder(one.files[0]):  # a closed folder may hold any kind
+    if _takes(one, kinds) or is_folder(one.files[0]):  # a closed folder may hold any kind
         return True
     # pictures lie beside volumes by the hundred and mean nothing; a volume among photographs is a mistake to be told
     level = logging.INFO if one.kind == "raster" else logging.WARNING
@@ -92,11 +104,12 @@ def _files(one: Series) -> str | list[str]:
 def _nothing(dataset_dir: object, kinds: Sequence[str], wanted: list[str], inventory: Inventory) -> str:
     """What was looked for, where, and what was there instead."""
     where = dataset_dir if isinstance(dataset_dir, str | Path) else ", ".join(map(str, dataset_dir))  # type: ignore[call-overload]
-    names = _KINDS | ({"dicom": f"DICOM series of modality {' or '.join(wanted)}"} if wanted else {})
+    dicom = {kind: f"{_KINDS[kind]} of modality {' or '.join(wanted)}" for kind in ("dicom", "projection")}
+    names = _KINDS | (dicom if wanted else {})
     sought = " and ".join(f"no {names[kind]}" for kind in names if kind in kinds)
-    others = sorted({one.modality or "unknown" for one in inventory.series if one.kind in kinds})
+    others = sorted({one.modality or "unknown" for one in inventory.series if _takes(one, kinds)})
     found = [f"series of other modalities: {', '.join(others)}"] if others else []
-    counts = Counter(_KINDS[one.kind] for one in inventory.series if one.kind not in kinds)
+    counts = Counter(_KINDS[one.kind] for one in inventory.series if not _takes(one, kinds))
     found += [f"{name}: {count}, not taken here" for name, count in sorted(counts.items())]
     found += [f"{aside.path.name}: {aside.reason}" for aside in inventory.set_aside[:3]]
     more = len(inventory.set_aside) - 3

@@ -8,17 +8,17 @@ import logging
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from medvit.data.labels import LabelMap
 from medvit.data.space import Space
 from medvit.errors import MedvitError, OutputError, UnreadableFile
-from medvit.inference.predictor import Predictor, root_cause
-from medvit.writers.base import Writer, with_suffix
+from medvit.inference.predictor import root_cause
+from medvit.writers.base import with_suffix
 from medvit.writers.table import write_volumes
 
 logger = logging.getLogger("medvit")
@@ -33,25 +33,83 @@ class CasesFailed(MedvitError):
     code = "cases-failed"
 
 
+class ResultWriter(Protocol):
+    """A :class:`~medvit.writers.base.Writer` of results of any kind."""
+
+    @property
+    def suffix(self) -> str:
+        """What is put behind a stem to name the file."""
+        ...
+
+    def write(self, result: Any, stem: Path, /) -> Path | None:
+        """Write ``result`` to ``stem`` + :attr:`suffix`; None where the format does not apply to it."""
+        ...
+
+
+class Report(Protocol):
+    """What a run says of its results besides the files of each.
+
+    Attributes:
+        key: entry of :meth:`describe` that is never empty; a line of the manifest without it is damaged.
+    """
+
+    key: str
+
+    def describe(self, result: Any) -> dict[str, Any]:
+        """What the manifest says of one result, for JSON."""
+        ...
+
+    def tabulate(self, done: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+        """Write tables into ``folder``: ``done`` holds the manifest's line of every case that is done, by name."""
+        ...
+
+
+class VolumeReport:
+    """Of label maps: ``volumes.csv`` and ``volumes.json``, see :func:`medvit.writers.table.write_volumes`."""
+
+    key = "volumes"
+
+    def describe(self, result: LabelMap) -> dict[str, Any]:
+        """What the image was, and the volume of each structure."""
+        return {
+            "files": len(result.source.files),
+            "kind": result.source.kind,
+            "modality": result.source.modality,
+            "series_uid": result.source.series_uid,
+            "shape": list(result.space.shape),
+            "spacing_mm": _spacing(result.space),
+            "orientation": result.space.orientation or None,
+            "notes": list(result.notes),
+            "volumes": result.volumes(),
+        }
+
+    def tabulate(self, done: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+        """A row per case and structure; tables of an earlier run are replaced."""
+        rows = [{"case": name, **row} for name in sorted(done) for row in done[name]["volumes"]]
+        write_volumes(rows, folder, overwrite=True)
+
+
 class FolderRunner:
     """Runs a predictor over cases and writes each result; safe to interrupt and to resume.
 
     In ``output_dir`` each case gets ``<case><writer suffix>`` for every writer that applies, all of them or none:
     results are written to a staging folder and moved, one after the other, when the whole case has succeeded.
     ``manifest.jsonl`` gains one line per attempted case; the last line with status ``ok`` describes the files that are
-    there, since a failed attempt leaves earlier results alone. ``volumes.csv`` and ``volumes.json`` hold the volumes of
-    all cases that are done. No clock time is written, and no path outside ``output_dir`` but in the reasons of
-    failures: equal inputs give equal bytes, DICOM objects excepted, whose identifiers are new each time.
+    there, since a failed attempt leaves earlier results alone. Tables of all cases that are done come at the end, see
+    ``report``. No clock time is written, and no path outside ``output_dir`` but in the reasons of failures. Equal
+    inputs give equal bytes, but for identifiers of DICOM objects, which are new each time, and the order of metadata in
+    safetensors files.
 
     Args:
         cases: ``{"image": path or paths, "case": name}`` each, names unique and relative with ``/``.
-        predictor: segments one case.
-        writers: output formats.
+        predictor: one case to a result: a label map for the default ``report``.
+        writers: output formats of these results.
         output_dir: created if needed.
         existing: what happens to a case with results: ``"refuse"`` fails it, ``"overwrite"`` replaces them when new
             ones are complete (those of formats not asked for now are removed), ``"resume"`` keeps them if they came
             from the same image and ``provenance`` and fails it otherwise.
         provenance: facts for every manifest line, such as bundle, version and weights hash; for JSON.
+        report: what the manifest and the tables say of results; by default the volumes of label maps.
 
     Raises:
         ValueError: an unknown ``existing``, two cases of one name, or a name that leads out of ``output_dir``.
@@ -60,12 +118,13 @@ class FolderRunner:
     def __init__(
         self,
         cases: Sequence[Mapping[str, Any]],
-        predictor: Predictor,
-        writers: Sequence[Writer],
+        predictor: Callable[[Mapping[str, Any]], Any],
+        writers: Sequence[ResultWriter],
         output_dir: str | Path,
         *,
         existing: str = "refuse",
         provenance: Mapping[str, Any] | None = None,
+        report: Report | None = None,
     ):
         if existing not in EXISTING:
             raise ValueError(f"existing must be one of {', '.join(EXISTING)}, got {existing!r}")
@@ -78,6 +137,7 @@ class FolderRunner:
             )
         self.cases, self.predictor, self.writers = list(cases), predictor, list(writers)
         self.output_dir, self.existing = Path(output_dir), existing
+        self.report: Report = report or VolumeReport()
         self.provenance: dict[str, Any] = json.loads(json.dumps(provenance or {}))  # as the manifest gives it back
 
     def run(self) -> list[dict[str, Any]]:
@@ -103,8 +163,8 @@ class FolderRunner:
         """Run case by case; yields the record of each as it is finished.
 
         A record has ``case``, ``status`` (``ok``, ``failed`` or ``skipped``), ``code`` and ``reason`` (None when ok),
-        the provenance and, unless failed, ``outputs`` (names below ``output_dir``), what the image was, and
-        ``volumes``. Those that are not skipped are lines of the manifest.
+        the provenance and, unless failed, ``outputs`` (names below ``output_dir``) and what the report says, such
+        as ``volumes``. Those that are not skipped are lines of the manifest.
 
         Raises:
             OutputError: ``output_dir`` cannot be written at all.
@@ -120,8 +180,7 @@ class FolderRunner:
                 yield record
         finally:
             done = {name: record for name, record in known.items() if self._is_complete(record)}
-            rows = [{"case": name, **row} for name in sorted(done) for row in done[name]["volumes"]]
-            write_volumes(rows, self.output_dir, overwrite=True)
+            self.report.tabulate(done, self.output_dir)
 
     def _prepare(self) -> dict[str, dict[str, Any]]:
         """Make the output folder, see that it can be written, and read the last record of each case that succeeded."""
@@ -133,7 +192,7 @@ class FolderRunner:
                 for number, line in enumerate(file, 1):
                     try:
                         record = json.loads(line)
-                        if record["status"] == "ok" and record["outputs"] and record["volumes"]:
+                        if record["status"] == "ok" and record["outputs"] and record[self.report.key]:
                             known[record["case"]] = record
                     except (ValueError, KeyError, TypeError):  # an interrupted write can leave half a line
                         logger.warning("%s: line %d is damaged and was ignored", path, number)
@@ -153,25 +212,14 @@ class FolderRunner:
             record |= identity
             if self._is_done(name, before, identity):
                 return {**(before or {}), "status": "skipped", "reason": "done before, in the same way"}
-            label_map = self.predictor(case)
-            outputs = self._write(name, label_map)
+            result = self.predictor(case)
+            outputs = self._write(name, result)
             if not outputs:
                 logger.warning("%s: none of the formats asked for applies to it, so nothing was written", name)
             # of formats not asked for now; where nothing new came, what is there stays
             for stale in set(before["outputs"] if before and outputs else ()) - set(outputs):
                 (self.output_dir / stale).unlink(missing_ok=True)
-            record |= {
-                "outputs": outputs,
-                "files": len(label_map.source.files),
-                "kind": label_map.source.kind,
-                "modality": label_map.source.modality,
-                "series_uid": label_map.source.series_uid,
-                "shape": list(label_map.space.shape),
-                "spacing_mm": _spacing(label_map.space),
-                "orientation": label_map.space.orientation or None,
-                "notes": list(label_map.notes),
-                "volumes": label_map.volumes(),
-            }
+            record |= {"outputs": outputs, **self.report.describe(result)}
         except Exception as error:
             record |= _failure(error) | self.provenance
             logger.debug("case %s failed", name, exc_info=True)
@@ -197,7 +245,7 @@ class FolderRunner:
             )
         return self._is_complete(before)  # a missing file is made again, together with the others
 
-    def _write(self, name: str, label_map: LabelMap) -> list[str]:
+    def _write(self, name: str, result: Any) -> list[str]:
         """Write every format to a staging folder, then move all to their places; returns names below ``output_dir``."""
         stem = self.output_dir / name
         staging = ""
@@ -206,7 +254,7 @@ class FolderRunner:
                 prefix=".medvit-", dir=self.output_dir, ignore_cleanup_errors=True
             ) as staging:
                 staged = Path(staging) / stem.name
-                made = [path for w in self.writers if (path := w.write(label_map, staged)) is not None]
+                made = [path for w in self.writers if (path := w.write(result, staged)) is not None]
                 stem.parent.mkdir(parents=True, exist_ok=True)
                 targets = [stem.parent / path.name for path in made]
                 if folders := [target for target in targets if target.is_dir()]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from medvit.inference.report import OverlayWriter
+from medvit.inference.vectors import EMBEDDING, SCORES, VECTOR_FORMATS, EmbeddingWriter, ScoresWriter
 from medvit.writers.base import Writer
 from medvit.writers.dicom_seg import DicomSegWriter
 from medvit.writers.nifti import NiftiLabelWriter
@@ -55,3 +56,19 @@ def make_writers(formats: Sequence[str], algorithm_name: str, algorithm_version:
         "report": lambda: ReportWriter(segmentation),
     }
     return [makers[f]() for f in chosen]
+
+
+def make_vector_writers(formats: Sequence[str], classes: Sequence[str]) -> list[ScoresWriter | EmbeddingWriter]:
+    """Writers for ``formats`` of a network that gives a vector per image, each once, in that order.
+
+    Args:
+        formats: ``"scores"`` (probabilities), ``"embedding"`` (the encoder's summary) or both.
+        classes: names of the classes.
+
+    Raises:
+        ValueError: an unknown format, or none.
+    """
+    if not formats or not set(formats) <= set(VECTOR_FORMATS):
+        raise ValueError(f"formats must be some of {', '.join(VECTOR_FORMATS)}, got {list(formats)}")
+    makers: dict[str, ScoresWriter | EmbeddingWriter] = {SCORES: ScoresWriter(classes), EMBEDDING: EmbeddingWriter()}
+    return [makers[f] for f in dict.fromkeys(formats)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,7 @@ class Predictor:
         """
         item = self.preprocessing(dict(case))
         image = item["image"]
-        # one answer per image, whichever way the process was started
-        exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-        with torch.inference_mode(), exact:
+        with repeatable():
             logits = self.inferer(image[None].to(self.device), self.network)[0]
         labels: MetaTensor = self.postprocessing({**item, "pred": logits})["pred"]
         meta = image.meta
@@ -75,6 +74,14 @@ class Predictor:
         space = Space.from_affine(array.shape, affine, meta.get("frame_of_reference"), str(meta["medvit_unit"]))
         notes = dict.fromkeys((*case.get("notes", ()), *str(meta["medvit_notes"]).splitlines()))
         return LabelMap(array, space, source, self.structures, tuple(notes))
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Inference that gives one answer per image, whichever way the process was started."""
+    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+    with torch.inference_mode(), exact:
+        yield
 
 
 def root_cause(error: BaseException) -> BaseException:

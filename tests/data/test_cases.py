@@ -214,5 +214,5 @@ def test_a_photograph_of_a_format_that_is_not_read_is_told_loudly(tmp_path, capl
 
 @pytest.mark.parametrize("kinds", [[], ["png"], ["raster", "PHOTO"]])
 def test_unknown_kinds(folder, kinds):
-    with pytest.raises(ValueError, match=r"kinds must be some of dicom, nifti, itk, raster, got \["):
+    with pytest.raises(ValueError, match=r"kinds must be some of dicom, nifti, itk, raster, projection, got \["):
         list_cases(folder, kinds=kinds)
