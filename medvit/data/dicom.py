@@ -17,18 +17,21 @@ import numpy as np
 
 from medvit.data import doubts
 from medvit.data.frames import Frame, Label
-from medvit.data.headers import Header, NotAnImage, read_header
+from medvit.data.headers import FLAT_CLASSES, Header, NotAnImage, read_header
 from medvit.data.pixels import Pixels, decode
 from medvit.data.regrid import AS_IT_IS, Repairs, between, even_heights, even_stack, straighten
 from medvit.data.slices import Plane, Stack, arrange
 from medvit.data.space import Space
 from medvit.data.volume import Source, Volume
-from medvit.data.volumes import Part, by_kind, places, separate
+from medvit.data.volumes import Part, by_kind, places, separate, shorter
 from medvit.errors import MedvitError, UnreadableFile, UnreadableSeries
 
 Image = tuple[Header, Frame]
 _NETWORK = Repairs(tilt="refuse")
-_AGREED = ("frame_of_reference", "sop_class")
+_AGREED = ("frame_of_reference", "sop_class", "series_number")
+_ONE_KIND = ("image_type", "component", "kernel", "kvp")  # labels that slices of one volume should share
+_LACKING = 1.9  # times the distance that is stated
+_EXACT = 2**24  # float32 holds every whole number up to here
 _ANY_MATRIX = ("truncated", "unknown-class")  # defects by which a matrix is not to be trusted
 
 
@@ -95,10 +98,15 @@ class Assembly:
             raise self.problem or AssertionError("an assembly has a space or a problem")
         columns, rows = self.space.shape[:2]
         array = np.empty((len(self.files), rows, columns, *((3,) if self.colour else ())), dtype=np.float32)
+        rounded = 0
         for k, image in self._images((rows, columns)):
             array[k] = image
+            if np.abs(image).max() > _EXACT:
+                rounded += int(np.count_nonzero(array[k] != image))
         array = array.transpose(2, 1, 0, *range(3, array.ndim))
         notes = self.notes
+        if rounded:
+            notes += (f"{rounded} voxels hold numbers beyond {_EXACT}, which were rounded to 24 bits",)
         if self.heights:
             array = between(array, self.heights)
         source = replace(source, files=self.files, frames=self.frames, mosaic=self.mosaic)
@@ -132,8 +140,9 @@ def group_series(headers: Iterable[Header]) -> list[Group]:
     """Images that may form volumes together, sorted by their first file.
 
     Grouped by study and series UID, then split by matrix, frame of reference, kind of image, orientation and pixel
-    spacing, so that scouts do not mix with the series they were made for. A broken file joins the largest group of its
-    series: a slice that is lost must be seen. Flat images are groups of their own.
+    spacing, so that scouts do not mix with the series they were made for; by series number too, which tells series
+    apart whose UIDs are missing or were all made one. A broken file joins the largest group of its series: a slice that
+    is lost must be seen. Flat images are groups of their own.
     """
     by_uid: dict[tuple[str, str], list[Header]] = defaultdict(list)
     for header in sorted(headers, key=lambda h: h.path):
@@ -142,12 +151,14 @@ def group_series(headers: Iterable[Header]) -> list[Group]:
     for members in by_uid.values():
         groups += _split(members)
     places = [[(header.path, frame.plane) for header, frame in group.images if frame.plane] for group in groups]
-    groups = [replace(group, notes=notes) for group, notes in zip(groups, doubts.strays(places), strict=True)]
+    strays = doubts.strays(places)
+    groups = [replace(group, notes=group.notes + notes) for group, notes in zip(groups, strays, strict=True)]
     return sorted(groups, key=lambda group: group.headers[0].path)
 
 
 def _split(members: Sequence[Header]) -> list[Group]:
     """Split one series UID by what slices of one volume must share."""
+    members = _in_one_frame(members)
     clusters: dict[Any, list[list[Image]]] = defaultdict(list)
     values = {name: {value for one in members if (value := getattr(one, name))} for name in _AGREED}
     agreed = {name: some.pop() for name, some in values.items() if len(some) == 1}
@@ -156,6 +167,9 @@ def _split(members: Sequence[Header]) -> list[Group]:
         for frame in () if header.defect else header.frames:
             _join(clusters[kind], (header, frame))
     groups = [Group(tuple(cluster)) for alike in clusters.values() for cluster in alike]
+    shared = [(g.first.plane, len(g.images), (g.first.series_number, g.first.localizer)) for g in groups]
+    uids = [(g.first.frame_of_reference or "", g.first.sop_class) for g in groups]
+    groups = [replace(group, notes=notes) for group, notes in zip(groups, doubts.set_apart(shared, uids), strict=True)]
     kinds: dict[Any, list[Header]] = defaultdict(list)
     for header in members:
         if header.defect:
@@ -165,6 +179,15 @@ def _split(members: Sequence[Header]) -> list[Group]:
             else:
                 groups[home] = replace(groups[home], broken=(*groups[home].broken, header))
     return groups + [Group((), tuple(broken)) for broken in kinds.values()]
+
+
+def _in_one_frame(members: Sequence[Header]) -> Sequence[Header]:
+    """The files without their frames of reference if each has one of its own, as some anonymisation leaves them."""
+    frames = {header.frame_of_reference for header in members}
+    if None in frames or len(frames) < max(3, len(members)) or any(h.flat or len(h.frames) > 1 for h in members):
+        return members
+    note = "each of its files has a FrameOfReferenceUID of its own; their positions were taken to be in one frame"
+    return [replace(header, frame_of_reference=None, notes=(*header.notes, note)) for header in members]
 
 
 def _kind(header: Header, agreed: dict[str, str]) -> tuple[object, ...]:
@@ -187,6 +210,7 @@ def _join(clusters: list[list[Image]], image: Image) -> None:
 def _home(header: Header, groups: Sequence[Group]) -> int | None:
     """Number of the group that a broken file was probably a part of."""
     homes = [n for n, group in enumerate(groups) if group.first.matrix == header.matrix]
+    homes = [n for n in homes if groups[n].first.series_number == header.series_number] or homes
     if not homes and header.defect and (header.defect[0] in _ANY_MATRIX or 0 in header.matrix):
         homes = list(range(len(groups)))
     return max(homes, key=lambda n: len(groups[n].images), default=None)
@@ -224,6 +248,10 @@ def assemble(
     where = places(planes)
     parts = separate(frames, where) if len(set(where)) < len(where) else [Part(tuple(range(len(frames))))]
     found = [_volume(images, part, series, repairs) for part in parts]
+    for n, more in enumerate(shorter(parts, where)):
+        if more and found[n].problem is None:
+            note = f"another volume of its series goes on at an end (slices: {more}), which this one may have lost"
+            found[n] = replace(found[n], notes=(*found[n].notes, note))
     if len(parts) == 1 and found[0].problem is not None and len(set(where)) == len(where):
         for way in by_kind(frames):
             finer = [_volume(images, part, series, repairs) for part in way]
@@ -263,7 +291,15 @@ def _flat(header: Header, notes: tuple[str, ...], colour: bool) -> Assembly:
     space = Space.from_affine((columns, rows, count), np.diag([x, y, 1.0, 1.0]), None, unit)
     if count > 1:
         notes += (f"{count} frames one after the other along the third axis",)
-    return Assembly((header.path,) * count, tuple(range(count)), space=space, notes=notes, flat=True, colour=colour)
+    numbers = tuple(frame.number for frame in header.frames)
+    return Assembly((header.path,) * count, numbers, space=space, notes=notes, flat=True, colour=colour)
+
+
+def _thin(header: Header, frame: Frame) -> Assembly:
+    """A projection or capture that has a place, but no thickness to make a volume of."""
+    note = "an image without a SliceThickness, which makes no volume: it was written without its place in the patient"
+    spacing = frame.plane.spacing if frame.plane else None
+    return _flat(replace(header, frames=(frame,), pixel_spacing=spacing), (note,), header.matrix[2] == 3)
 
 
 def _volume(images: Sequence[Image], part: Part, series: str, repairs: Repairs) -> Assembly:
@@ -282,9 +318,11 @@ def _volume(images: Sequence[Image], part: Part, series: str, repairs: Repairs) 
         _require_one_unit(chosen, series)
         stack, heights = _stack(planes, series, chosen[0][1].thickness, repairs)
     except UnreadableSeries as problem:
+        if problem.code == "single-slice" and chosen[0][0].sop_class in FLAT_CLASSES:
+            return replace(_thin(*chosen[0]), parameters=part.parameters)
         return Assembly(files, problem=problem, **known)
     ordered = [chosen[n] for n in stack.order]
-    notes, upright = stack.notes, True
+    notes, upright = stack.notes + _mixed(chosen) + _short(chosen, stack), True
     if stack.tilt:
         what = f"slices are sheared by {stack.tilt:.2f} degrees (gantry tilt)"
         if repairs.tilt == "refuse":
@@ -321,6 +359,24 @@ def _require_one_unit(images: Sequence[Image], series: str) -> None:
         raise UnreadableSeries(series, "units-vary", f"{reason}; export the series again")
 
 
+def _mixed(images: Sequence[Image]) -> tuple[str, ...]:
+    mixed = [name for name in _ONE_KIND if len({frame.label(name) for _, frame in images} - {None}) > 1]
+    return (f"its slices differ in {', '.join(mixed)}, and may be of several images",) if mixed else ()
+
+
+def _short(images: Sequence[Image], stack: Stack) -> tuple[str, ...]:
+    """What says that slices are missing where there is no gap: at an end, or every second one."""
+    notes: tuple[str, ...] = ()
+    stated = max(header.slices or 0 for header, _ in images)
+    if stated > len(images):
+        notes += (f"its header counts {stated} slices, but only {len(images)} are here; the first or last may be lost",)
+    apart = max(frame.apart or 0.0 for _, frame in images)
+    step = float(np.linalg.norm(stack.affine[:3, 2]))
+    if len(images) > 1 and apart and step > _LACKING * apart:
+        notes += (f"its slices are {step:.4g} mm apart, {apart:.4g} mm by SpacingBetweenSlices; some may be lost",)
+    return notes
+
+
 def _runs(images: Sequence[Image], where: Sequence[int], series: str, repairs: Repairs) -> list[Assembly]:
     """Stacks of even slices one above the other, each as long as possible; none if the places repeat."""
     if len(set(where)) < len(where):
@@ -349,7 +405,8 @@ def without_duplicates(group: Group) -> tuple[Group, tuple[Path, ...]]:
     for header in {header.path: header for header, _ in group.images}.values():
         first = header.frames[0]
         place = first.plane and first.plane.position
-        suspects[place, first.labels, first.time, len(header.frames)].append(header)
+        time = first.written if first.time is None else first.time
+        suspects[place, first.labels, time, len(header.frames)].append(header)
     dropped: dict[Path, None] = {}  # in order, and quick to ask
     for copies in suspects.values():
         if len(copies) > 1 and copies[0].plane:

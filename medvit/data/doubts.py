@@ -16,6 +16,7 @@ from medvit.data.slices import SAME_POSITION_MM, Plane
 # What scanners write alike into all files of a series. A value that differs is legal and changes what is read.
 TAGS = ("Modality", "PhotometricInterpretation", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation")
 _SCALE = ("RescaleSlope", "RescaleIntercept")
+_SHARED = ("FrameOfReferenceUID", "SOPClassUID")
 _FEW = 2  # images; more in a row are a stack of their own
 
 
@@ -39,6 +40,30 @@ def disagreements(files: Sequence[tuple[str, ...]], scales: Sequence[tuple[float
     if not differing:
         return ()
     return (f"its images disagree on {', '.join(differing)}: one may be damaged, or of another series",)
+
+
+def set_apart(
+    groups: Sequence[tuple[Plane | None, int, tuple[object, ...]]], uids: Sequence[tuple[str, str]]
+) -> list[tuple[str, ...]]:
+    """Notes on groups of one series that are alike but for what all of a series should share, for each group.
+
+    Args:
+        groups: a place, the number of images, and what else tells groups apart. For one or two images there are
+            :func:`strays`.
+        uids: FrameOfReferenceUID and SOPClassUID of each.
+    """
+    notes: list[tuple[str, ...]] = [()] * len(groups)
+    many = [(n, plane, known) for n, (plane, count, known) in enumerate(groups) if plane and count > _FEW]
+    for n, plane, known in many:
+        differing: dict[str, None] = {}
+        for m, place, other in many:
+            names = [name for name, a, b in zip(_SHARED, uids[n], uids[m], strict=True) if a != b]
+            if names and known == other and plane.is_like(place):
+                differing |= dict.fromkeys(names)
+        if differing:
+            what = " or ".join(differing)
+            notes[n] = (f"its series has more images like these, which are left out, since their {what} is another",)
+    return notes
 
 
 def strays(groups: Sequence[Sequence[tuple[Path, Plane]]]) -> list[tuple[str, ...]]:

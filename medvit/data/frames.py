@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from math import ceil, isfinite, sqrt
 from typing import Any
@@ -47,6 +47,7 @@ TAGS: tuple[str | int, ...] = (
     *("ContentDate", "ContentTime", "EchoTime", "InversionTime", "FlipAngle", "KVP", "ConvolutionKernel", "StackID"),
     *("ComplexImageComponent", "RescaleType", "TemporalPositionIdentifier", "TemporalPositionIndex", "TriggerTime"),
     *("NominalCardiacTriggerDelayTime", "DiffusionBValue", "DiffusionGradientOrientation", "SpacingBetweenSlices"),
+    *("DetectorInformationSequence", "SliceVector"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "DimensionIndexSequence"),
     *("RescaleSlope", "RescaleIntercept"),
     *_PRIVATE,
@@ -68,6 +69,8 @@ class Frame:
         time: seconds of its acquisition on some clock, None if unknown.
         thickness: SliceThickness in mm, None where it is missing or makes no sense.
         scale: (RescaleSlope, RescaleIntercept), None where missing.
+        written: seconds at which the image was made of what was acquired; known only where ``time`` is not.
+        apart: SpacingBetweenSlices in mm, None where it is missing or less than the thickness, as if it were the gap.
     """
 
     number: int
@@ -76,6 +79,8 @@ class Frame:
     time: float | None
     thickness: float | None
     scale: tuple[float | None, float | None] = (None, None)
+    written: float | None = None
+    apart: float | None = None
 
     def label(self, name: str) -> Label | None:
         """Value of one of :data:`LABELS`."""
@@ -114,7 +119,33 @@ def _frame(groups: _Groups, plane: Plane | None) -> Frame:
         _exact(groups.get(keyword, "PixelValueTransformationSequence"))
         for keyword in ("RescaleSlope", "RescaleIntercept")
     )
-    return Frame(groups.number, plane, _labels(groups), _time(groups), _thickness(groups), (slope, intercept))
+    thickness, apart = _thickness(groups), _exact(groups.get("SpacingBetweenSlices", "PixelMeasuresSequence"))
+    apart = apart if apart and apart >= (thickness or 0) else None
+    time = _time(groups)
+    written = _moment(groups, "Content") if time is None else None
+    return Frame(groups.number, plane, _labels(groups), time, thickness, (slope, intercept), written, apart)
+
+
+def tomo_frames(ds: Attributes, count: int, matrix: Sequence[int]) -> tuple[Frame, ...]:
+    """Slices of a reconstructed nuclear medicine tomogram, of which only the first is placed.
+
+    The others follow along the normal, or against it where SpacingBetweenSlices is negative (PS3.3 C.8.4.15).
+
+    Raises:
+        NoPlace: the detector does not place the first slice, or what tells the place of the others is missing.
+    """
+    detectors = list(ds.get("DetectorInformationSequence") or ())
+    groups = _Groups(ds, (*detectors[:1], ds))
+    first, step = _plane(groups, matrix), _exact(groups.get("SpacingBetweenSlices"))
+    if not step:
+        raise NoPlace(f"slices of a tomogram need SpacingBetweenSlices, got {step}")
+    order = _numbers(groups.get("SliceVector"), "SliceVector", count)
+    if sorted(order) != list(range(1, count + 1)):
+        raise NoPlace(f"SliceVector must number {count} slices from 1")
+    normal = np.cross(first.across, first.down)
+    whole = _frame(groups, None)
+    positions = [np.array(first.position) + (number - 1) * step * normal for number in order]
+    return tuple(replace(whole, number=n, plane=_at(first, first.shape, at)) for n, at in enumerate(positions))
 
 
 def is_mosaic(image_type: Sequence[str]) -> bool:
@@ -131,8 +162,8 @@ def mosaic_frames(ds: Dataset, matrix: Sequence[int]) -> tuple[Frame, ...]:
     slices = list(ds.get(_UIH_SLICES).value or ()) if _UIH_SLICES in ds else []
     places = _uih_places(ds, slices, matrix) if slices else _siemens_places(ds, matrix)
     groups = _Groups(ds, (ds,))
-    labels, time, thickness = _labels(groups), _time(groups), _thickness(groups)
-    return tuple(Frame(n, plane, labels, time, thickness) for n, plane in enumerate(places))
+    whole = _frame(groups, None)
+    return tuple(replace(whole, number=n, plane=plane, scale=(None, None)) for n, plane in enumerate(places))
 
 
 def _siemens_places(ds: Dataset, matrix: Sequence[int]) -> list[Plane]:
@@ -324,12 +355,13 @@ def _dimension(groups: _Groups) -> str | None:
 
 
 def _time(groups: _Groups) -> float | None:
-    def moment(date: str, time: str) -> str:
-        return f"{groups.get(date) or '19000101'}{groups.get(time) or ''}"
-
     stamp = groups.get("FrameAcquisitionDateTime", "FrameContentSequence") or groups.get("AcquisitionDateTime")
-    texts = (str(stamp or ""), moment("AcquisitionDate", "AcquisitionTime"), moment("ContentDate", "ContentTime"))
-    return next((seconds for text in texts if (seconds := _seconds(text)) is not None), None)
+    seconds = _seconds(str(stamp or ""))
+    return _moment(groups, "Acquisition") if seconds is None else seconds
+
+
+def _moment(groups: _Groups, what: str) -> float | None:
+    return _seconds(f"{groups.get(f'{what}Date') or '19000101'}{groups.get(f'{what}Time') or ''}")
 
 
 def _seconds(text: str) -> float | None:

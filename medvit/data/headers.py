@@ -28,6 +28,7 @@ _CLASS = "1.2.840.10008.5.1.4.1.1."
 _TOMOGRAPHIC = "2 2.1 2.2 4 4.1 4.3 4.4 128 128.1 130 13.1.3 6.2 77.1.5.4"  # CT, MR, PET, tomosynthesis, 3D US, OCT
 _CR_DX = "1 1.1 1.1.1 1.2 1.2.1 1.3 1.3.1"  # with mammography and intra-oral
 _ULTRASOUND_CAPTURE = "3.1 6 6.1 7 7.1 7.2 7.3 7.4 20 3"  # with planar nuclear medicine
+_NUCLEAR, _PET = _CLASS + "20", _CLASS + "128"
 _ANGIOGRAPHIC = "12.1 12.1.1 12.2 12.2.1 13.1.1 13.1.2"  # with fluoroscopy
 _VISIBLE_LIGHT = "77.1.1 77.1.2 77.1.4 77.1.2.1 77.1.4.1 77.1.1.1 77.1.5.1 77.1.5.2 77.1.6 481.1"  # with RT image
 
@@ -66,6 +67,7 @@ _TAGS: list[BaseTag] = [
         "SliceThickness",
         "ImagerPixelSpacing",
         "NominalScannedPixelSpacing",
+        "NumberOfSlices",
         "SequenceOfUltrasoundRegions",
         *frames.TAGS,
         *doubts.TAGS,
@@ -103,6 +105,7 @@ class Header:
         notes: what a person should know.
         defect: (code, reason) why this file cannot be used, None if it can.
         alike: what the files of its series should agree on, see :func:`medvit.data.doubts.alike`.
+        slices: of a PET series, how many it has at each time; others use the attribute for what they like.
     """
 
     path: Path
@@ -123,6 +126,7 @@ class Header:
     notes: tuple[str, ...] = ()
     defect: tuple[str, str] | None = None
     alike: tuple[str, ...] = ()
+    slices: int | None = None
 
     @property
     def plane(self) -> Plane | None:
@@ -209,6 +213,7 @@ def _header(path: Path, ds: Attributes, file: BinaryIO) -> Header:
         content.notes,
         defect,
         doubts.alike(ds),
+        _integer(ds, "NumberOfSlices") if sop_class == _PET else None,
     )
 
 
@@ -261,6 +266,8 @@ def _content(
             return _Content(matrix, (frames.single_frame(ds, matrix),))
         if grouped:
             return _Content(matrix, frames.functional_frames(ds, count, matrix))
+        if sop_class == _NUCLEAR and image_type[2:3] == ["RECON TOMO"]:
+            return _Content(matrix, frames.tomo_frames(ds, count, matrix))
         if not flat:
             raise _Defect(
                 "multi-frame",

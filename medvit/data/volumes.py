@@ -64,6 +64,20 @@ def separate(frames: Sequence[Frame], where: Sequence[int]) -> list[Part]:
     return sorted(parts, key=lambda part: min(_rank(frames[n], n) for n in part.members))
 
 
+def shorter(parts: Sequence[Part], where: Sequence[int]) -> list[int]:
+    """How many slices each part lacks at its ends that another one has."""
+    covered = [frozenset(where[n] for n in part.members) for part in parts]
+    distinct = set(covered)
+
+    def lacking(own: frozenset[int]) -> int:
+        more = [other - own for other in distinct if own < other]
+        beyond = (rest for rest in more if not any(min(own) < place < max(own) for place in rest))
+        return max(map(len, beyond), default=0)
+
+    lost = {own: lacking(own) for own in distinct}
+    return [lost[own] for own in covered]
+
+
 def by_kind(frames: Sequence[Frame]) -> list[list[Part]]:
     """Ways to split images at different places that make no volume together: by one label each.
 
@@ -130,13 +144,14 @@ def _by_order(part: Part, frames: Sequence[Frame], where: Sequence[int]) -> list
     if max(Counter(where[n] for n in part.members).values()) == 1:
         return [part]
     stacks = list(_grouped(part.members, lambda n: where[n]).values())
-    for key, is_time in _CLOCKS:
+    for key, is_time, longest in _CLOCKS:
         values = {n: value for n in part.members if isinstance(value := key(frames[n]), float)}
-        if len(values) < len(part.members):
+        if len(values) < len(part.members) or max(values.values()) - min(values.values()) > longest:
             continue
         ranked = [sorted(stack, key=values.__getitem__) for stack in stacks]
         distinct = all(len({values[n] for n in stack}) == len(stack) for stack in ranked)
-        volumes = _in_turn(ranked, values, is_time) if distinct else None
+        begins = frames[min(values, key=values.__getitem__)].label("instance") in (0, 1)
+        volumes = _in_turn(ranked, values, is_time, begins) if distinct else None
         if volumes:
             return [
                 replace(
@@ -150,16 +165,23 @@ def _by_order(part: Part, frames: Sequence[Frame], where: Sequence[int]) -> list
     return [part]
 
 
-# What orders images at one place, and whether it is a time: numbers may have been given in any order.
-_CLOCKS: tuple[tuple[Callable[[Frame], Label | None], bool], ...] = (
-    (lambda frame: frame.label("trigger_time_ms"), True),
-    (lambda frame: frame.time, True),
-    (lambda frame: frame.label("instance"), False),
+_LONGEST_S = 12 * 3600.0  # times of a series that lie further apart are of two days, without their dates
+
+# What orders images at one place, whether it is the time of their acquisition, and how far apart its values may lie:
+# numbers may have been given, and images reconstructed, in any order.
+_CLOCKS: tuple[tuple[Callable[[Frame], Label | None], bool, float], ...] = (
+    (lambda frame: frame.label("trigger_time_ms"), True, np.inf),
+    (lambda frame: frame.time, True, _LONGEST_S),
+    (lambda frame: frame.label("instance"), False, np.inf),
+    (lambda frame: frame.written, False, _LONGEST_S),
 )
 
 
-def _in_turn(ranked: list[list[int]], values: dict[int, float], is_time: bool) -> list[list[int]] | None:
-    """The n-th image of each place as the n-th volume, None where that is a guess."""
+def _in_turn(ranked: list[list[int]], values: dict[int, float], is_time: bool, begins: bool) -> list[list[int]] | None:
+    """The n-th image of each place as the n-th volume, None where that is a guess.
+
+    ``begins``: the first image of all is the first of its series, so that none is missing before it.
+    """
     most = max(map(len, ranked))
     volumes = [[stack[n] for stack in ranked if n < len(stack)] for n in range(most)]
     by_volume = _one_after_the_other(volumes, values)
@@ -168,12 +190,25 @@ def _in_turn(ranked: list[list[int]], values: dict[int, float], is_time: bool) -
         return volumes if is_time or by_volume or _one_after_the_other(ranked, values) else None
     # the last of several was interrupted; two sets of which one is short may be a slice that was sent again
     cut = most > 2 and all(len(volume) == len(ranked) for volume in volumes[:-1])
-    return volumes if cut and by_volume else None
+    return volumes if cut and by_volume and begins and _in_one_order(ranked, values) else None
+
+
+def _in_one_order(ranked: list[list[int]], values: dict[int, float]) -> bool:
+    """Whether places follow each other alike in every volume, and the last one ends early.
+
+    Else an image is missing before: at its place, all that follow seem to be of the volume before theirs.
+    """
+    order = sorted(ranked, key=lambda stack: values[stack[0]])
+    for number in range(len(max(ranked, key=len))):
+        turn = [values[stack[number]] if number < len(stack) else np.inf for stack in order]
+        if any(later < earlier for earlier, later in pairwise(turn)):
+            return False
+    return True
 
 
 def _one_after_the_other(groups: list[list[int]], values: dict[int, float]) -> bool:
     spans = sorted((min(values[n] for n in group), max(values[n] for n in group)) for group in groups)
-    return all(end <= start for (_, end), (start, _) in pairwise(spans))
+    return all(end < start for (_, end), (start, _) in pairwise(spans))
 
 
 def _grouped(members: Iterable[int], key: Callable[[int], Label | None]) -> dict[Label | None, list[int]]:

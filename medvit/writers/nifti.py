@@ -195,5 +195,6 @@ def _source_header(space: Space, file: Path) -> Any:
     for field in _GEOMETRY:
         header[field] = old[field]
     header["pixdim"][:4] = old["pixdim"][:4]
+    header["pixdim"][0] = old["pixdim"][0] or 1  # as the standard says; nibabel takes no 0
     header["xyzt_units"] = int(old["xyzt_units"]) & 0b111  # the lower bits are the unit of space, the others of time
     return header

@@ -263,6 +263,14 @@ def test_padding_and_signed_values_are_kept(tmp_path):
     np.testing.assert_array_equal(read_dicom(files).array, array - 1024.0)
 
 
+def test_numbers_beyond_24_bits_are_counted(tmp_path):
+    array = phantom().astype(np.int32)
+    array[2, 3, 1], array[0, 0, 4], array[1, 1, 1] = 2**24 + 1, -(2**30) - 1, 2**25
+    volume = read_dicom(write_dicom_series(tmp_path, array, make_affine()))
+    np.testing.assert_array_equal(volume.array, array.astype(np.float32))
+    assert volume.notes == ("2 voxels hold numbers beyond 16777216, which were rounded to 24 bits",)
+
+
 def test_paths_in_any_script(tmp_path):
     array = phantom()
     files = write_dicom_series(tmp_path / "Pаtient Ü 图 ‘x’", array, make_affine(), prefix="снимок ")
@@ -281,6 +289,123 @@ def test_two_frames_of_reference_are_two_series(tmp_path):
 
     code, message = refusal(write_dicom_series(tmp_path, phantom((7, 6, 6)), make_affine(), edit=edit))
     assert code == "several-series" and message.count('3 files of series 3 "T1 test" (MR, 7 x 6)') == 2
+
+
+def test_a_frame_of_reference_for_each_file_is_none(tmp_path):
+    """Some anonymisation makes new UIDs file by file."""
+    affine, array = make_affine("oblique"), phantom()
+    files = write_dicom_series(
+        tmp_path, array, affine, edit=lambda ds, k: setattr(ds, "FrameOfReferenceUID", f"1.2.3.{k}")
+    )
+    volume = read_dicom(files)
+    np.testing.assert_array_equal(volume.array, array)
+    np.testing.assert_allclose(volume.space.affine, affine, atol=2e-6)
+    assert volume.space.frame_of_reference is None
+    assert volume.notes == (
+        "each of its files has a FrameOfReferenceUID of its own; their positions were taken to be in one frame",
+    )
+
+
+@pytest.mark.parametrize("uid", [None, "1.2.3"])
+@pytest.mark.parametrize("step", [5, 5.3])
+def test_series_of_one_uid_are_told_apart_by_their_number(tmp_path, uid, step):
+    """UIDs that were removed, or all made one; the second series begins where the first one ends."""
+    affine = make_affine("oblique")
+    arrays = [phantom(seed=1), phantom((7, 6, 4), seed=2)]
+    shared = {"StudyInstanceUID": "1.2", "SeriesInstanceUID": uid, "FrameOfReferenceUID": "1.2.4"}
+    for n, array in enumerate(arrays):
+        placed = affine.copy()
+        placed[:3, 3] = affine[:3] @ (0, 0, n * step, 1)
+        write_dicom_series(tmp_path, array, placed, prefix=f"{n}_", SeriesNumber=n + 3, **shared)
+    groups = group_series(map(read_header, sorted(tmp_path.iterdir())))
+    assert [[group.first.series_number, len(group.images), group.notes] for group in groups] == [[3, 5, ()], [4, 4, ()]]
+    for group, array in zip(groups, arrays, strict=True):
+        (assembly,) = assemble(group, "s")
+        assert assembly.problem is None
+        np.testing.assert_array_equal(assembly.load(Source("dicom", ())).array, array)
+
+
+def test_a_broken_slice_spoils_the_series_of_its_number(tmp_path):
+    """Of series that share one UID."""
+    for n, slices in enumerate((5, 4)):
+        shared = {"StudyInstanceUID": "1.2", "SeriesInstanceUID": "1.2.3", "SeriesNumber": n + 3}
+        files = write_dicom_series(tmp_path, phantom((7, 6, slices)), make_affine(), prefix=f"{n}_", **shared)
+    cut_end(files[-1], 10)
+    groups = group_series(map(read_header, sorted(tmp_path.iterdir())))
+    assert [(group.first.series_number, [one.path for one in group.broken]) for group in groups] == [
+        (3, []),
+        (4, [files[-1]]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("keyword", "values", "name"),
+    [
+        ("ImageType", ["ORIGINAL\\PRIMARY\\M", "ORIGINAL\\PRIMARY\\P"], "image_type"),
+        ("ConvolutionKernel", ["B30f", "B70f"], "kernel"),
+        ("KVP", [80, 140], "kvp"),
+    ],
+)
+def test_slices_of_two_kinds_in_one_stack_carry_a_note(tmp_path, keyword, values, name):
+    def edit(ds, k):
+        setattr(ds, keyword, values[k >= 3])
+
+    volume = read_dicom(write_dicom_series(tmp_path, phantom(), make_affine(), edit=edit))
+    assert volume.notes == (f"its slices differ in {name}, and may be of several images",)
+
+
+@pytest.mark.parametrize(
+    ("modality", "stated", "short"), [("PT", 7, True), ("PT", 5, False), ("PT", 4, False), ("MR", 7, False)]
+)
+def test_a_pet_series_counts_its_slices(tmp_path, modality, stated, short):
+    """Two slices that are lost at an end leave no gap."""
+    files = write_dicom_series(tmp_path, phantom(), make_affine(), modality=modality, NumberOfSlices=stated)
+    note = "its header counts 7 slices, but only 5 are here; the first or last may be lost"
+    assert read_dicom(files).notes == ((note,) if short else ())
+
+
+@pytest.mark.parametrize(
+    ("kept", "stated", "lost"),
+    [
+        ((0, 2, 4), 2.5, True),  # every second one
+        ((1, 4), 2.5, True),  # two are even whatever lay between them
+        ((0, 1, 2, 3, 4), 2.5, False),
+        ((0, 2, 4), 5, False),
+        ((0, 2, 4), None, False),
+        ((0, 2, 4), 1.25, False),  # below the thickness: a gap
+        ((2,), 1, False),
+    ],
+)
+def test_slices_that_are_lost_evenly(tmp_path, kept, stated, lost):
+    files = write_dicom_series(tmp_path, phantom(), make_affine(), SpacingBetweenSlices=stated)
+    volume = read_dicom([files[k] for k in kept])
+    step = 2.5 * (kept[-1] - kept[0]) / (len(kept) - 1 or 1)
+    note = f"its slices are {step:g} mm apart, 2.5 mm by SpacingBetweenSlices; some may be lost"
+    assert (note in volume.notes) == lost and len(volume.notes) == (lost or len(kept) == 1)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("sop_class", ["7", "1.1"])  # secondary capture, digital X-ray
+def test_a_capture_with_a_place_but_no_thickness_is_flat(tmp_path, sop_class, count):
+    array = phantom((7, 6, count))
+    tags = {"SOPClassUID": f"1.2.840.10008.5.1.4.1.1.{sop_class}", "SliceThickness": None}
+    files = write_dicom_series(tmp_path, array, make_affine(), ImagePositionPatient=[1, 2, 3], **tags)
+    with pytest.raises(UnreadableSeries, match="has none"):
+        read_dicom(files)
+    (group,) = group_series(map(read_header, files))
+    found = assemble(group, "s")
+    assert len(found) == count
+    for one in found:
+        assert (one.problem, one.flat, one.space.shape, one.space.spacing) == (None, True, (7, 6, 1), (0.75, 1.25, 1.0))
+        assert "without a SliceThickness" in one.notes[-1] and "without its place" in one.notes[-1]
+        assert one.frames == (0,)
+        np.testing.assert_array_equal(one.load(Source("dicom", ())).array, array[:, :, [files.index(one.files[0])]])
+
+
+def test_captures_with_a_place_but_no_thickness_are_stacked_where_they_can_be(tmp_path):
+    tags = {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7", "SliceThickness": None}
+    volume = read_dicom(write_dicom_series(tmp_path, phantom(), make_affine(), **tags))
+    np.testing.assert_allclose(volume.space.affine, make_affine(), atol=2e-6)
 
 
 def test_gantry_tilt(tmp_path):

@@ -68,6 +68,7 @@ def test_all_that_differs_is_listed():
         ("StudyInstanceUID", None),
         ("FrameOfReferenceUID", "1.2.3"),
         ("SOPClassUID", "1.2.840.10008.5.1.4.1.1.2"),
+        ("SeriesNumber", 99),
         ("PixelSpacing", [3, 3]),
         ("ImageOrientationPatient", [1, 0, 0, 0, 1, 0]),
         ("ImageType", "ORIGINAL\\PRIMARY\\LOCALIZER"),
@@ -86,6 +87,25 @@ def test_a_slice_that_left_its_series_at_an_end_is_missed(tmp_path, keyword, val
     alone = [one for one in series if one is not whole]
     assert all(TORN in one.notes for one in alone)
     assert len(alone) == (keyword != "ImageType")  # a localizer is set aside
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value"), [("FrameOfReferenceUID", "1.2.3"), ("SOPClassUID", "1.2.840.10008.5.1.4.1.1.2")]
+)
+def test_halves_of_a_series_that_should_share_a_uid_tell_of_each_other(tmp_path, keyword, value):
+    """A series has one frame of reference, but some programs make a new one for a part of it."""
+    series = _series(tmp_path, lambda ds, k: setattr(ds, keyword, value) if k < 3 else None)
+    assert [len(one.files) for one in series] == [3, 3]
+    note = f"its series has more images like these, which are left out, since their {keyword} is another"
+    assert [one.notes for one in series] == [(note,)] * 2
+
+
+def test_images_of_another_number_are_no_halves(tmp_path):
+    def edit(ds, k):
+        if k < 3:
+            ds.FrameOfReferenceUID, ds.SeriesNumber = "1.2.3", 99
+
+    assert [one.notes for one in _series(tmp_path, edit)] == [()] * 2
 
 
 def _plane(x=0.0, y=0.0, z=0.0):

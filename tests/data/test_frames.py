@@ -13,6 +13,7 @@ from dicom_synthetic import (
     orientation_of,
     position_group,
     position_of,
+    write_flat,
     write_multiframe,
     write_siemens_mosaic,
     write_uih_mosaic,
@@ -458,3 +459,71 @@ def test_positions_are_read_to_the_last_digit(tmp_path):
     shared = {**measures_group(affine), **orientation_group(affine)}
     path = write_multiframe(tmp_path / "e.dcm", list(np.moveaxis(phantom(), 2, 0)), groups, shared)
     check(path, phantom(), affine)
+
+
+# ---- reconstructed tomograms of nuclear medicine
+
+
+def write_tomo(path, array, affine, step=1, order=None, kind="RECON TOMO", **tags):
+    """Slices ``(i, j, k)`` of which only the first is placed; they follow against the normal where ``step`` is -1."""
+    count = array.shape[2]
+    frames = array.transpose(2, 1, 0)[::step]
+    first = 0 if step > 0 else count - 1
+    x, y, z = np.linalg.norm(affine[:3, :3], axis=0)
+    known = {
+        "ImageType": ["ORIGINAL", "PRIMARY", kind, "EMISSION"],
+        "PixelSpacing": [float(y), float(x)],
+        "SliceThickness": 2 * float(z),
+        "SpacingBetweenSlices": step * float(z),
+        "SliceVector": list(range(1, count + 1)) if order is None else order,
+        "DetectorInformationSequence": [
+            nested(
+                ImagePositionPatient=position_of(affine, first),
+                ImageOrientationPatient=orientation_of(affine),
+            )
+        ],
+    }
+    order = known["SliceVector"] or range(1, count + 1)
+    stored = frames[[int(number) - 1 for number in order]] if sorted(order) == list(range(1, count + 1)) else frames
+    return write_flat(path, stored, "20", "NM", **(known | tags))
+
+
+@pytest.mark.parametrize("name", UPRIGHT)
+@pytest.mark.parametrize(
+    ("step", "order", "frames"),
+    [(1, None, (0, 1, 2, 3, 4)), (-1, None, (4, 3, 2, 1, 0)), (1, [3, 1, 2, 5, 4], (1, 2, 0, 4, 3))],
+)
+def test_a_tomogram_of_nuclear_medicine(tmp_path, name, step, order, frames):
+    array, affine = phantom((7, 6, 5)), make_affine(name)
+    path = write_tomo(tmp_path / "nm.dcm", array, affine, step, order)
+    one = check(path, array, affine, frames)
+    assert (one.modality, one.placed, one.notes) == ("NM", True, ())
+
+
+def test_a_tomogram_against_dcm2niix(tmp_path):
+    array = phantom((7, 6, 5))
+    path = write_tomo(tmp_path / "in" / "nm.dcm", array, AFFINE)
+    ((theirs, affine),) = volumes_of(path.parent, tmp_path / "out")
+    volume = read_dicom([path])
+    np.testing.assert_array_equal(on_grid(volume.space, theirs, affine), array)
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {"kind": "TOMO"},  # projections
+        {"SpacingBetweenSlices": None},
+        {"SpacingBetweenSlices": 0},
+        {"SliceVector": None},
+        {"order": [1, 2, 3, 4, 4]},
+        {"order": [1, 2, 3, 4]},
+        {"DetectorInformationSequence": None},
+    ],
+)
+def test_frames_of_nuclear_medicine_that_are_not_placed_are_flat(tmp_path, tags):
+    array = phantom((7, 6, 5))
+    write_tomo(tmp_path / "nm.dcm", array, AFFINE, **tags)
+    (one,) = discover(tmp_path).series
+    assert (one.problem, one.placed, one.space.shape) == (None, False, (7, 6, 5))
+    assert "its position and orientation in the patient are unknown" in one.notes
+    np.testing.assert_array_equal(one.read().array, array)

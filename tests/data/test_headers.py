@@ -255,7 +255,8 @@ def test_a_header_knows_its_frames_and_no_pixels(tmp_path):
     (frame,) = header.frames
     assert header.defect is None and header.plane == frame.plane and not (header.flat or header.mosaic)
     assert (frame.number, frame.label("echo_time_ms"), frame.thickness) == (0, 4.6, 2.5)
-    assert frame.time == (np.datetime64("2020-01-02T10:11:12") - np.datetime64("1900-01-01")) / np.timedelta64(1, "s")
+    written = (np.datetime64("2020-01-02T10:11:12") - np.datetime64("1900-01-01")) / np.timedelta64(1, "s")
+    assert (frame.time, frame.written) == (None, written)
     assert header.matrix == (6, 7, 1) and frame.plane.shape == (7, 6)
 
 

@@ -1,3 +1,5 @@
+from itertools import combinations, pairwise
+
 import numpy as np
 import pydicom
 import pytest
@@ -10,7 +12,7 @@ from medvit.data.dicom import read_dicom
 from medvit.data.frames import LABELS, Frame
 from medvit.data.slices import Plane
 from medvit.data.study import discover
-from medvit.data.volumes import by_kind, places, separate
+from medvit.data.volumes import Part, by_kind, places, separate, shorter
 from medvit.errors import UnreadableSeries
 
 AFFINE = make_affine("oblique")
@@ -160,7 +162,7 @@ def test_a_phase_image_with_a_scale_of_its_own(tmp_path):
 
 
 def test_kinds_may_cover_different_slices(tmp_path):
-    """A phase image of three slices beside a magnitude image of five; neither misses any."""
+    """A phase image of three slices beside a magnitude image of five: perhaps neither misses any."""
     arrays = [phantom((7, 6, 5)), phantom((7, 6, 3), seed=1)]
     write_dicom_series(tmp_path, arrays[0], AFFINE, prefix="m", ImageType=["ORIGINAL", "PRIMARY", "M"], **UIDS)
     higher = AFFINE.copy()
@@ -171,6 +173,26 @@ def test_kinds_may_cover_different_slices(tmp_path):
         assert one.problem is None
         np.testing.assert_array_equal(one.read().array, array)
         np.testing.assert_allclose(one.space.affine, affine, atol=2e-6)
+    note = "another volume of its series goes on at an end (slices: 2), which this one may have lost"
+    assert (found["M"].notes, found["P"].notes) == ((), (note,))
+
+
+@pytest.mark.parametrize(
+    ("others", "lost"),
+    [
+        ([(0, 1, 2, 3, 4)], 0),
+        ([(0, 1, 2, 3, 4, 5)], 1),
+        ([(0, 1, 2, 3, 4, 5), (-2, -1, 0, 1, 2, 3, 4, 5)], 3),
+        ([(1, 2, 3, 4, 5)], 0),  # its own way at both ends
+        ([(-1, 0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4)], 0),  # thinner slices
+    ],
+)
+def test_slices_that_another_volume_has_at_an_end(others, lost):
+    stacks = [(0, 1, 2, 3, 4), *others]
+    where = [place for stack in stacks for place in stack]
+    ends = np.cumsum([0, *map(len, stacks)])
+    parts = [Part(tuple(range(start, end))) for start, end in pairwise(ends)]
+    assert shorter(parts, where)[0] == lost
 
 
 # ---- by order
@@ -231,6 +253,41 @@ def test_an_ambiguous_order_is_refused(tmp_path, number):
 
     write_volumes(tmp_path, arrays_of(2), AFFINE, edit=edit)
     refused(tmp_path, "four-dimensional", "10 slices lie at 5 positions, 2 at each", "give one of them")
+
+
+def by_time(folder, arrays, seconds, number, keyword="AcquisitionTime"):
+    """Volumes of which each image has a time without its date."""
+
+    def edit(ds, n, k):
+        at = seconds(n, k) % 86400
+        ds.InstanceNumber, ds.ContentDate, ds.ContentTime = number(n, k), "", ""
+        setattr(ds, keyword, f"{int(at // 3600):02d}{int(at // 60 % 60):02d}{at % 60:05.2f}")
+
+    write_volumes(folder, arrays, AFFINE, edit=edit)
+
+
+def test_times_over_midnight_without_dates_order_nothing(tmp_path):
+    """Slice after slice, every 2.5 s: midnight falls into the second volume, of which a part would seem the first."""
+    arrays = arrays_of(3)
+    by_time(tmp_path, arrays, lambda n, k: 86396 + 2.5 * n + 0.5 * k, orders("volume by volume"))
+    check(tmp_path, arrays, [{"time_point": float(n)} for n in range(3)])
+
+
+def test_times_over_midnight_without_dates_and_without_numbers_are_refused(tmp_path):
+    by_time(tmp_path, arrays_of(3), lambda n, k: 86396 + 2.5 * n + 0.5 * k, lambda n, k: 1)
+    refused(tmp_path, "four-dimensional", "3 at each")
+
+
+def test_instance_numbers_come_before_the_time_of_reconstruction(tmp_path):
+    """Magnitude and phase, say, of which one slice was reconstructed in the other order."""
+    arrays = arrays_of(2)
+    by_time(tmp_path, arrays, lambda n, k: 2 * k + (n != (k == 2)), orders("volume by volume"), "ContentTime")
+    check(tmp_path, arrays, [{"time_point": float(n)} for n in range(2)])
+
+
+def test_the_time_of_reconstruction_orders_nothing_where_it_runs_to_and_fro(tmp_path):
+    by_time(tmp_path, arrays_of(2), lambda n, k: (1, 2, 5, 6, 9)[k] + 2 * n * (k < 4), lambda n, k: 1, "ContentTime")
+    refused(tmp_path, "four-dimensional", "2 at each")
 
 
 def test_a_time_that_one_image_lacks_orders_nothing(tmp_path):
@@ -295,6 +352,28 @@ def test_the_last_volume_was_interrupted(tmp_path):
     assert sorted(series[2].files) == sorted(files[10:13]) and series[2].space is None
     with pytest.raises(UnreadableSeries, match="the acquisition was interrupted, or files are lost"):
         series[2].read()
+
+
+@pytest.mark.parametrize("clock", ["instance", "time of a volume", "time of a slice"])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (0, 2, 1, 3)])
+@pytest.mark.parametrize("count", [1, 2])
+def test_whichever_images_are_lost_no_volume_is_mixed(clock, order, count):
+    """At the place of a lost image all that follow seem to be of the volume before theirs."""
+    known = []
+    for volume, turn in np.ndindex(4, 4):
+        time = {"time of a volume": 2.0 * volume, "time of a slice": 2.0 * volume + 0.5 * turn}.get(clock)
+        known.append((volume, frame(order[turn], time, instance=1.0 + 4 * volume + turn)))
+    interrupted = 0
+    for lost in combinations(range(16), count):
+        kept = [one for n, one in enumerate(known) if n not in lost]
+        frames = [one for _, one in kept]
+        where = places([one.plane for one in frames])
+        for part in separate(frames, where):
+            here = [where[n] for n in part.members]
+            if len(here) == len(set(here)) and not part.missing:
+                assert len({kept[n][0] for n in part.members}) == 1, lost
+                interrupted += min(lost) > 11
+    assert interrupted  # the volumes before one that was
 
 
 @pytest.mark.parametrize(("lost", "volume"), [((7,), 1), ((0,), 0), ((14,), 2), ((5, 9), 1)])

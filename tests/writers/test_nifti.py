@@ -272,3 +272,16 @@ def test_a_photograph_is_written_upright_and_without_millimetres(tmp_path, orien
     header = image.header
     assert (header["sform_code"], header["qform_code"], header.get_xyzt_units()[0]) == (0, 0, "unknown")
     np.testing.assert_array_equal(header["pixdim"][1:4], [1, 1, 1])
+
+
+def test_a_qform_with_a_handedness_of_0_is_one_of_1(tmp_path):
+    """As the standard says of pixdim[0], and old programs write; nibabel takes no 0."""
+    affine = make_affine("oblique")
+    file = write_nifti(tmp_path / "s.nii", np.zeros((3, 4, 5), np.int16), affine, sform_code=0)
+    with file.open("r+b") as stream:
+        stream.seek(76)
+        stream.write(b"\0" * 4)
+    volume = read_nifti(file)
+    written = nibabel.load(write_volume(volume, tmp_path / "t.nii"))
+    np.testing.assert_allclose(written.affine, volume.space.affine, atol=1e-5)
+    assert written.header["pixdim"][0] == np.sign(np.linalg.det(affine)) == 1
