@@ -66,7 +66,7 @@ class Embeddings:
         return self.vectors[name][[place[case] for case in cases]]
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, whole or not at all; one that exists is replaced. Equal embeddings give equal bytes."""
+        """Write a safetensors file, whole or not at all, over one that exists; equal embeddings give equal bytes."""
         path = Path(path)
         part = path.with_name(path.name + ".part")
         metadata = {"cases": json.dumps(self.cases), "encoder_sha256": self.encoder_sha256}

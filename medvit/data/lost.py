@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from medvit.data.dicom import Group
+from medvit.data.grouping import Group
 
 _SERIES_UID = re.compile(rb"\x20\x00\x0e\x00(?:UI..|..\x00\x00)([0-9.]{3,64})", re.DOTALL)
 _NUMBER = re.compile(r"\b(?=[a-f]*[0-9])[0-9a-f]+\b|[0-9]+")

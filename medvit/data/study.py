@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from medvit.data import archives, dicom, itk, nifti, raster
+from medvit.data import archives, dicom, grouping, itk, nifti, raster
 from medvit.data.frames import Label
 from medvit.data.headers import Header, NotAnImage, looks_like_dicom, read_header
 from medvit.data.lost import LostFiles, name_pattern
@@ -176,8 +176,8 @@ def discover(
     blank = _blank_slices(set_aside, headers)
     series += [_unreadable(found[path], "empty or damaged, among DICOM files named alike") for path in blank]
     broken = [one.files[0] for one in series if one.kind == "dicom"]
-    named: list[tuple[str, Series | dicom.Group]] = [(one.name, one) for one in series if one.kind != "raster"]
-    groups = dicom.group_series(headers)
+    named: list[tuple[str, Series | grouping.Group]] = [(one.name, one) for one in series if one.kind != "raster"]
+    groups = grouping.group_series(headers)
     lost = LostFiles((path for path in broken if not is_folder(path)), groups)
     known = {aside.path for aside in set_aside}
     for group in groups:
@@ -192,7 +192,7 @@ def discover(
         if isinstance(candidate, Series):
             volumes += _each_volume(replace(candidate, name=name, base=name))
         else:
-            kept, dropped = dicom.without_duplicates(candidate)
+            kept, dropped = grouping.without_duplicates(candidate)
             set_aside += [SetAside(path, "duplicate", "a copy of another file") for path in dropped]
             volumes += _dicom_series(kept, name, lost.of(candidate), repairs, dropped)
     # x_v0 of a series x may be the name of another one
@@ -379,7 +379,7 @@ def _raster_series(found: Found) -> Series:
     return Series("raster", (path,), name, space=known.space, notes=known.notes, channels=known.channels)
 
 
-def _dicom_name(group: dicom.Group, base: Path) -> str:
+def _dicom_name(group: grouping.Group, base: Path) -> str:
     first = group.first
     title = first.description or first.modality or ("" if first.series_number is not None else "series")
     parts = ["" if first.series_number is None else str(first.series_number), _sanitised(title)]
@@ -391,16 +391,16 @@ def _dicom_name(group: dicom.Group, base: Path) -> str:
 
 
 def _dicom_series(
-    group: dicom.Group, name: str, lost: tuple[list[Path], list[Path]], repairs: Repairs, dropped: Sequence[Path]
+    group: grouping.Group, name: str, lost: tuple[list[Path], list[Path]], repairs: Repairs, dropped: Sequence[Path]
 ) -> list[Series]:
     first, (probable, possible) = group.first, lost
     found = dicom.assemble(group, name, probable, repairs)
-    notes: tuple[str, ...] = (dicom.duplicates_note(dropped),) if dropped else ()
+    notes: tuple[str, ...] = (grouping.duplicates_note(dropped),) if dropped else ()
     if possible:
         names = ", ".join(path.name for path in possible[:3]) + (", ..." if len(possible) > 3 else "")
         notes += (f"files beside it cannot be read and may be its first or last slice: {len(possible)} ({names})",)
     if not first.series_uid:
-        notes += ("no SeriesInstanceUID: the files of its folder were taken together",)
+        notes += ("no SeriesInstanceUID: those of its folder and SeriesNumber were taken together",)
     return [
         Series(
             "dicom",

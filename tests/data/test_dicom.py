@@ -13,7 +13,8 @@ from pydicom.data import get_testdata_file
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless
 
-from medvit.data.dicom import assemble, group_series, read_dicom, without_duplicates
+from medvit.data.dicom import assemble, read_dicom
+from medvit.data.grouping import group_series, without_duplicates
 from medvit.data.headers import NotAnImage, looks_like_dicom, read_header
 from medvit.data.space import LPS_TO_RAS
 from medvit.data.volume import Source

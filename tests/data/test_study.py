@@ -26,7 +26,7 @@ from PIL import ImageFile
 from pydicom.data import get_testdata_file
 
 from medvit.data import workers
-from medvit.data.dicom import Group
+from medvit.data.grouping import Group
 from medvit.data.headers import read_header
 from medvit.data.lost import LostFiles
 from medvit.data.reader import read_volume
@@ -352,7 +352,7 @@ def test_without_series_uid_a_folder_is_a_series(tmp_path):
         write_dicom_series(tmp_path / name, phantom(), make_affine(), SeriesInstanceUID=None, StudyInstanceUID=None)
     series = discover(tmp_path).series
     assert [(one.name, len(one.files)) for one in series] == [("a/3_T1_test", 5), ("b/3_T1_test", 5)]
-    assert series[0].notes == ("no SeriesInstanceUID: the files of its folder were taken together",)
+    assert series[0].notes == ("no SeriesInstanceUID: those of its folder and SeriesNumber were taken together",)
 
 
 def test_an_image_file_of_a_pair_is_not_a_second_image(tmp_path):
