@@ -1,6 +1,7 @@
 import logging
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import highdicom
@@ -433,11 +434,13 @@ def test_a_part_of_a_plain_radiograph_is_refused(tmp_path):
 
 
 def test_dcmqi_reads_the_same_voxels(tmp_path):
-    if not shutil.which("segimage2itkimage"):
+    beside = Path(sys.executable).with_name("segimage2itkimage")
+    program = str(beside) if beside.exists() else shutil.which("segimage2itkimage")
+    if not program:
         pytest.skip("segimage2itkimage (the package dcmqi) is not installed")
     label_map = synthetic(tmp_path / "in", "oblique-sagittal", labels((32, 30, 6)))
     path = WRITER.write(label_map, tmp_path / "out")
-    command = ["segimage2itkimage", "--inputDICOM", path, "--outputDirectory", tmp_path, "-t", "nii"]
+    command = [program, "--inputDICOM", path, "--outputDirectory", tmp_path, "-t", "nii"]
     subprocess.run([*command, "--prefix", "x", "--mergeSegments"], check=True, capture_output=True)
     (file,) = tmp_path.glob("x*.nii*")
     image = nibabel.load(file)
