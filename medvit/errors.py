@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 
 class MedvitError(Exception):
@@ -12,6 +13,16 @@ class MedvitError(Exception):
     """
 
     code = "error"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # the arguments of a subclass are not those of Exception, which pickle would call it with
+        return _again, (type(self), self.args, vars(self))
+
+
+def _again(kind: type[MedvitError], arguments: tuple[Any, ...], attributes: dict[str, Any]) -> MedvitError:
+    error = kind.__new__(kind, *arguments)
+    vars(error).update(attributes)
+    return error
 
 
 class UnreadableFile(MedvitError):

@@ -6,7 +6,6 @@ guard, work in notebooks, and copy no threads and locks of a process that runs t
 
 from __future__ import annotations
 
-import io
 import multiprocessing
 import os
 import pickle
@@ -18,9 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, islice
-from typing import IO, Any, TypeVar
-
-from medvit.errors import MedvitError
+from typing import IO, TypeVar
 
 ENOUGH = 2048  # items for which processes pay, which take half a second to start
 _CHUNK = 64  # items of one request
@@ -146,7 +143,7 @@ def serve() -> None:
             return
         try:
             function, chunk = pickle.loads(request)
-            answer = _packed([function(item) for item in chunk])
+            answer = pickle.dumps([function(item) for item in chunk])
         except Exception:  # met again, and raised, where the items are done again
             answer = b""
         _send(answers, answer)
@@ -163,27 +160,6 @@ def _receive(pipe: IO[bytes]) -> bytes:
     if len(size) < _SIZE.size or len(data) < _SIZE.unpack(size)[0]:
         raise EOFError
     return data
-
-
-def _packed(results: list[Any]) -> bytes:
-    buffer = io.BytesIO()
-    _Pickler(buffer).dump(results)
-    return buffer.getvalue()
-
-
-class _Pickler(pickle.Pickler):
-    """Knows errors whose arguments are not their message."""
-
-    def reducer_override(self, value: Any) -> Any:
-        if isinstance(value, MedvitError):
-            return _error, (type(value), value.args, vars(value))
-        return NotImplemented
-
-
-def _error(kind: type[MedvitError], arguments: tuple[Any, ...], attributes: dict[str, Any]) -> MedvitError:
-    error = kind.__new__(kind, *arguments)
-    vars(error).update(attributes)
-    return error
 
 
 def _affordable() -> int:

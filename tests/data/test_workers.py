@@ -4,13 +4,11 @@ import multiprocessing
 import os
 import time
 from itertools import count
-from pathlib import Path
 
 import pytest
 
 from medvit.data import workers
-from medvit.data.workers import Workers, _error, _packed
-from medvit.errors import UnreadableFile, UnreadableSeries
+from medvit.data.workers import Workers
 
 WHERE = "__import__('os').getpid()"
 
@@ -121,14 +119,6 @@ def test_an_interrupt_ends_the_processes():
             if number == 150:
                 raise KeyboardInterrupt
     assert all(process._process.returncode is not None for process in pool._started) and pool._started
-
-
-def test_errors_survive_the_way_back():
-    for error in (UnreadableFile(Path("a/b.dcm"), "broken"), UnreadableSeries("s", "code", "reason")):
-        again = workers.pickle.loads(_packed([error]))[0]
-        assert type(again) is type(error) and str(again) == str(error) and vars(again) == vars(error)
-        assert again.code == error.code and again.args == error.args
-    assert _error(UnreadableFile, ("text",), {}).args == ("text",)
 
 
 def test_children_of_multiprocessing_do_it_themselves(monkeypatch):
