@@ -80,7 +80,8 @@ class World:
         for tensor in module.state_dict().values():
             dist.broadcast(tensor, 0)
         mesh = init_device_mesh(self.device.type, (self.size,))
-        for child in [m for m in module.modules() if isinstance(m, nn.ModuleList)]:
+        lists = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
+        for child in reversed(lists):  # lists within lists first
             for block in child:
                 if any(True for _ in block.parameters()):
                     fully_shard(block, mesh=mesh)

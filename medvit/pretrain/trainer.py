@@ -164,7 +164,7 @@ class _Run:
         objective: Any = self.objective
         self.exports: Mapping[str, nn.Module] = getattr(objective, "exports", {"encoder": objective.encoder})
         if trainer.recompute:
-            _recompute(objective.encoder)
+            _recompute(objective)
         self.shared = self.world.share(self.objective, trainer.parallel)
         self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
         self.optimizer = adamw(trainer.groups(self.objective), trainer.betas, trainer.eps)
@@ -366,9 +366,14 @@ def _steps(steps: int | None, epochs: float | None, stream: Stream, accumulate: 
     return count
 
 
-def _recompute(encoder: nn.Module) -> None:
-    """Make the blocks in the encoder's module lists keep no activations; names of weights stay as they are."""
-    for blocks in [m for m in encoder.modules() if isinstance(m, nn.ModuleList)]:
+def _recompute(objective: Any) -> None:
+    """Make the blocks in the module lists of the encoder that is trained keep no activations; names of weights stay.
+
+    Of an objective with a teacher that is not ``encoder``, which has no gradients, but the student's.
+    """
+    alike = [module for module in objective.modules() if type(module) is type(objective.encoder)]
+    trained = [encoder for encoder in alike if any(p.requires_grad for p in encoder.parameters())]
+    for blocks in [m for encoder in trained for m in encoder.modules() if isinstance(m, nn.ModuleList)]:
         for block in blocks:
             forward = block.forward
             block.forward = partial(_checkpointed, forward)

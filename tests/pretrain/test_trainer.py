@@ -153,6 +153,17 @@ def test_recomputing_changes_nothing(tmp_path):
     assert trainer.objective.encoder.blocks[0].forward.func.__name__ == "_checkpointed"
 
 
+def test_of_a_student_and_a_teacher_the_student_is_recomputed():
+    from medvit.pretrain.trainer import _recompute
+
+    objective, student = Toy(), Toy().encoder
+    objective.student = student
+    objective.encoder.requires_grad_(False)  # the teacher, which is what is exported
+    _recompute(objective)
+    assert all("forward" in vars(block) for block in student.blocks)
+    assert not any("forward" in vars(block) for block in objective.encoder.blocks)
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_precisions(tmp_path, precision):
     trainer = make(tmp_path, precision=precision, noise=0)
