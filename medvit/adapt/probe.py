@@ -1,4 +1,4 @@
-"""What frozen embeddings are good for: linear probe, nearest neighbours, few shots, effective rank.
+"""What frozen embeddings are good for: linear probe, nearest neighbours, few shots.
 
 Labels are ``(N,)`` class numbers (multi-class), or ``(N, L)`` of 0 and 1 (multi-label). Vectors are ``(N, D)``.
 """
@@ -330,24 +330,3 @@ def few_shot(
     mean, deviation = float(drawn.mean()), float(drawn.std())
     reach = float(stats.t.ppf(0.975, draws - 1)) * deviation / draws**0.5
     return FewShot(mean, mean - reach, mean + reach, deviation, tuple(values))
-
-
-# --- collapse
-
-
-def effective_rank(x: Tensor) -> float:
-    """Number of directions that vectors ``(N, D)`` use: exp of the entropy of their singular values' shares.
-
-    It is 1 where all lie on one line through the origin, min(N, D) where all directions count the same, 0 where all are
-    zero. What all have in common counts as a direction: subtract the mean to leave it out.
-
-    Raises:
-        ValueError: another rank, no vector, values that are not finite.
-
-    Source: Roy and Vetterli, "The Effective Rank" (EUSIPCO 2007).
-    """
-    if x.dim() != 2 or not x.numel() or not x.isfinite().all():
-        raise ValueError(f"the effective rank needs finite vectors (N, D), got shape {tuple(x.shape)}")
-    values = torch.linalg.svdvals(x.detach().double())
-    total = values.sum()
-    return float(torch.special.entr(values / total).sum().exp()) if total > 0 else 0.0

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from medvit.adapt import probe as module
 from medvit.adapt.metrics import auroc
-from medvit.adapt.probe import draw_shots, effective_rank, few_shot, fit_linear_probe, grouped_folds, knn
+from medvit.adapt.probe import draw_shots, few_shot, fit_linear_probe, grouped_folds, knn
 
 
 def clouds(n=90, dim=5, classes=3, seed=0, distance=1.5):
@@ -261,22 +261,3 @@ def test_few_shots_refuse(options, message):
         few_shot(x, y, x, y, lambda y, p: 0.0, **({"k": 2} | options))
     with pytest.raises(ValueError, match=r"got shape \(90, 2\); draw for one label at a time"):
         draw_shots(torch.stack([y, y], 1), 1, 1)
-
-
-# --- collapse
-
-
-def test_effective_rank_counts_directions():
-    assert effective_rank(torch.eye(5)) == pytest.approx(5)
-    assert effective_rank(torch.ones(7, 4)) == pytest.approx(1)
-    assert effective_rank(torch.zeros(3, 2)) == 0
-    shares = np.array([4, 2, 1, 1]) / 8
-    expected = math.exp(-(shares * np.log(shares)).sum())
-    rotation = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)).double())[0]
-    assert effective_rank(torch.diag(torch.tensor([4.0, 2, 1, 1])).double() @ rotation) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("x", [torch.zeros(3), torch.zeros(0, 3), torch.tensor([[1.0, torch.inf]])])
-def test_effective_rank_refuses(x):
-    with pytest.raises(ValueError, match="the effective rank needs finite vectors"):
-        effective_rank(x)
