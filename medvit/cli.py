@@ -202,6 +202,8 @@ def convert(
     from medvit.writers.convert import convert as to_nifti
     from medvit.writers.convert import deidentify as without_identifiers
 
+    if deidentify and (four_d, tilt, uneven) != (False, Tilt.keep, Uneven.refuse):
+        raise typer.BadParameter("--deidentify copies DICOM files; --4d, --tilt and --uneven are for NIfTI")
     with errors():
         repairs = Repairs(tilt.value, uneven.value)
         inventory = _discover(inputs, exclude=output, repairs=repairs, unpack=not deidentify)

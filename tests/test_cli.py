@@ -811,3 +811,9 @@ def test_tables_are_drawn_on_a_terminal(study, monkeypatch, capsys):
     terminal.table(("a", "b"), [("x[bold]", 1)])
     drawn = capsys.readouterr().out
     assert "x[bold]" in drawn and "┃" in drawn and "\t" not in drawn
+
+
+@pytest.mark.parametrize("option", [["--4d"], ["--tilt", "resample"], ["--uneven", "split"]])
+def test_options_for_nifti_are_wrong_usage_where_dicom_is_copied(tmp_path, option):
+    result = medvit("convert", tmp_path, "-o", tmp_path / "out", "--deidentify", *option, code=2)
+    assert "--deidentify copies DICOM files" in " ".join(result.stderr.replace("│", " ").split())

@@ -214,6 +214,8 @@ def _entries(
 ) -> Iterator[tuple[Found, _Entry | list[_Entry]]]:
     """Every file with what it is, those of archives after the archive; ``origins`` learns which these came from."""
     for one, entry in workers.map(_examine, files):
+        if origins is None and isinstance(entry, SetAside) and entry.code == "archive":
+            entry = replace(entry, reason="an archive, which is not looked into here; unpack it first")
         if origins is None or not (isinstance(entry, SetAside) and entry.code == "archive"):
             yield one, entry
             continue
