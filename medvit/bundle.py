@@ -2,7 +2,8 @@
 
 A bundle is a folder with ``configs/metadata.json``, ``configs/inference.json`` and ``models/model.pt``; see MONAI's
 bundle specification. medvit's own facts stand in the metadata under ``"medvit"``: ``weights_sha256`` and, where labels
-are drawn, ``structures`` (codes and colours of each). Names of labels and classes are the ``channel_def`` of ``pred``.
+are drawn, ``structures`` (codes and colours of each). Names of labels and classes are the ``channel_def`` of ``pred``;
+an embedding (``format`` ``latent``) has none.
 """
 
 from __future__ import annotations
@@ -189,10 +190,14 @@ def folder_runner(
 def classes(metadata: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of the classes of a bundle that classifies, in the order of its logits: the ``channel_def`` of ``pred``.
 
+    A bundle whose ``pred`` is an embedding, of the format ``latent``, has none.
+
     Raises:
         BundleError: it is absent or does not name every channel.
     """
     pred = metadata.get("network_data_format", {}).get("outputs", {}).get("pred", {})
+    if pred.get("format") == "latent":
+        return ()
     names = pred.get("channel_def", {})
     if not names or list(names) != [str(n) for n in range(int(pred.get("num_channels", 0)))]:
         raise BundleError(f"the channel_def of pred must name its channels 0, 1 and so on, got {names}")
@@ -211,14 +216,15 @@ def vector_runner(
     device: torch.device | str,
     settings: Mapping[str, Any],
 ) -> FolderRunner:
-    """The evaluator of a bundle that classifies images: as :func:`folder_runner`, but tables instead of label maps.
+    """The evaluator of a bundle that classifies or embeds images: as :func:`folder_runner`, but with tables.
 
     Args:
-        dataset: as there; images of one size.
-        network: ``(1, C, *spatial)`` to logits ``(1, K)``; for the format ``"embedding"`` with an encoder of medvit's
-            contract, see :func:`medvit.models.heads.as_encoder`.
+        dataset: as there.
+        network: ``(1, C, *spatial)`` to logits ``(1, K)`` or an embedding; for the formats ``"embedding"`` and
+            ``"patches"`` with an encoder of medvit's contract, see :func:`medvit.models.heads.as_encoder`.
         inferer: MONAI inferer, called as ``inferer(inputs, network)``.
-        postprocessing: MONAI dictionary transform from logits ``pred`` ``(K,)`` to probabilities ``(K,)``.
+        postprocessing: MONAI dictionary transform from logits ``pred`` ``(K,)`` to probabilities ``(K,)``; used for
+            the format ``"scores"`` alone.
         metadata: the bundle's, for the names of the classes and for the manifest.
         output_dir: as there.
         formats: see :func:`~medvit.inference.formats.make_vector_writers`.
@@ -230,7 +236,7 @@ def vector_runner(
     from medvit.adapt.fingerprint import state_sha256
     from medvit.inference.batch import FolderRunner
     from medvit.inference.formats import make_vector_writers
-    from medvit.inference.vectors import EMBEDDING, SCORES, VectorPredictor, VectorReport
+    from medvit.inference.vectors import EMBEDDING, PATCHES, SCORES, VectorPredictor, VectorReport
     from medvit.models.heads import as_encoder
 
     names = classes(metadata)
@@ -239,8 +245,10 @@ def vector_runner(
     report = VectorReport(names)
     if SCORES in formats:
         heads[SCORES] = lambda images: postprocessing({"pred": inferer(images, network)[0]})["pred"]
+    encoder: Any = as_encoder(network) if {EMBEDDING, PATCHES} & set(formats) else None
+    if PATCHES in formats:
+        heads[PATCHES] = lambda images: inferer(images, lambda batch: encoder(batch)[-1])[0]  # the coarsest map
     if EMBEDDING in formats:
-        encoder: Any = as_encoder(network)
         heads[EMBEDDING] = lambda images: inferer(images, encoder.embed)[0]
         sha256 = state_sha256(encoder.state_dict())
         report = VectorReport(
@@ -261,20 +269,16 @@ def _provenance(
     metadata: Mapping[str, Any], device: torch.device | str, settings: Mapping[str, Any], formats: Sequence[str]
 ) -> dict[str, Any]:
     """What the manifest says of the bundle and how it was run."""
+    from importlib.metadata import version
+
     return {
         "bundle": str(metadata["name"]),
         "bundle_version": str(metadata["version"]),
         "weights_sha256": metadata["medvit"]["weights_sha256"],
         "device": str(device),
         "settings": {**settings, "formats": list(formats)},
-        "versions": _versions(),
+        "versions": {package: version(package) for package in ("medvit", "monai", "torch")},
     }
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {package: version(package) for package in ("medvit", "monai", "torch")}
 
 
 @dataclass(frozen=True)
@@ -404,13 +408,13 @@ class Bundle:
             raise BundleError(f"the metadata call the bundle {self.metadata.get('name')!r}, its folder {self.name!r}")
         if self.metadata.get("version") not in self.metadata.get("changelog", {}):
             raise BundleError(f"version {self.metadata.get('version')!r} is not in the changelog")
-        (classes if self._classifies else structures)(self.metadata)
+        (classes if self._gives_vectors else structures)(self.metadata)
 
     @property
-    def _classifies(self) -> bool:
-        """Whether the network gives a vector per image and no label map, by MONAI's word for it."""
+    def _gives_vectors(self) -> bool:
+        """Whether the network gives a vector per image and no label map, by MONAI's words for it."""
         outputs = self.metadata.get("network_data_format", {}).get("outputs", {})
-        return bool(outputs.get("pred", {}).get("type") == "probabilities")
+        return outputs.get("pred", {}).get("type") in ("probabilities", "tuples")
 
     def _check_weights(self) -> None:
         from medvit.models.weights import read_state
@@ -423,16 +427,18 @@ class Bundle:
     def _check_network(self) -> None:
         import torch
 
-        shapes = self.metadata["network_data_format"]
-        image, pred = shapes["inputs"]["image"], shapes["outputs"]["pred"]
-        size = [n if isinstance(n, int) else 64 for n in image["spatial_shape"]]
-        with torch.inference_mode():
-            out = self.network()(torch.zeros(1, image["num_channels"], *size))
-        expected = (1, pred["num_channels"], *(() if self._classifies else size))
-        if tuple(out.shape) != expected:
-            raise BundleError(f"by the metadata the network returns {expected}, it returns {tuple(out.shape)}")
-        if not out.isfinite().all():
-            raise BundleError("the network returns NaN or infinity for an image of zeros")
+        network = self.network()
+        # a network that takes images of two ranks describes the other one in a format of its own
+        for shapes in [value for key, value in self.metadata.items() if key.endswith("_data_format")]:
+            image, pred = shapes["inputs"]["image"], shapes["outputs"]["pred"]
+            size = [n if isinstance(n, int) else 64 for n in image["spatial_shape"]]
+            with torch.inference_mode():
+                out = network(torch.zeros(1, image["num_channels"], *size))
+            expected = (1, pred["num_channels"], *(() if self._gives_vectors else size))
+            if tuple(out.shape) != expected:
+                raise BundleError(f"by the metadata the network returns {expected}, it returns {tuple(out.shape)}")
+            if not out.isfinite().all():
+                raise BundleError("the network returns NaN or infinity for an image of zeros")
 
     def _check_agreement(self) -> None:
         if not (self.root / "configs/train.json").is_file():

@@ -48,6 +48,7 @@ class Format(StrEnum):
     report = "report"
     scores = "scores"
     embedding = "embedding"
+    patches = "patches"
 
 
 class Tilt(StrEnum):
@@ -102,12 +103,12 @@ def predict(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Windows per forward pass.")] = None,
     amp: Annotated[bool, typer.Option("--amp", help="bfloat16: faster, labels can differ at borders.")] = False,
 ) -> None:
-    """Segment or classify every image found in INPUTS, as BUNDLE does.
+    """Segment, classify or embed every image found in INPUTS, as BUNDLE does.
 
     Segmentation: for each case a label map on the source's own grid (NIfTI; DICOM SEG for DICOM sources; PNG for
     photographs) and an overlay picture, for the run `volumes.csv` and `volumes.json`. Classification: `predictions.csv`
-    with a row per image. Both: `manifest.jsonl`, one line per case, with the reason of every failure. One bad case
-    never stops the others.
+    with a row per image; embeddings: `embeddings.csv`. All: `manifest.jsonl`, one line per case, with the reason of
+    every failure. One bad case never stops the others.
 
     Example: `medvit predict hippocampus_swin_unetr study/ --output results/`
     """
@@ -348,10 +349,16 @@ def _grid(series: Series) -> tuple[str, str, str]:
 
 
 def _sizes(records: Sequence[dict[str, Any]]) -> tuple[Sequence[str], list[Sequence[Any]]]:
-    """Header and rows of what a run found: probabilities, volumes, or areas where photographs are among the cases."""
+    """Header and rows of what a run found: probabilities, vectors, volumes, or areas of photographs among the cases."""
     scored = [(r["case"], r["scores"]) for r in records if "scores" in r]
     if scored:
         return ("case", *scored[0][1]), [(case, *scores.values()) for case, scores in scored]
+    described = [r for r in records if "vectors" in r]
+    if described:
+        return ("case", "image", "numbers"), [
+            (r["case"], "×".join(map(str, r["shape"])), ", ".join(f"{n} ({k})" for k, n in r["vectors"].items()))
+            for r in described
+        ]
     rows = [(r["case"], v) for r in records for v in r.get("volumes", ())]
     volumes = [f"{v['volume_mm3']:.1f}" if v["volume_mm3"] is not None else "-" for _, v in rows]
     header: tuple[str, ...] = ("case", "structure", "volume mm³")

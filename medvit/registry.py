@@ -16,6 +16,7 @@ _MODELS: dict[str, Callable[..., Any]] = {}
 _MODULES = {
     "classifier": "medvit.models.heads",
     "d_former": "medvit.models.d_former",
+    "embedder": "medvit.models.heads",
     "hbformer": "medvit.models.hbformer",
     "mae": "medvit.models.mae",
     "rad_dino": "medvit.models.rad_dino",

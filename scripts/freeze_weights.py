@@ -3,8 +3,8 @@
     python scripts/freeze_weights.py bundles/NAME runs/NAME/checkpoint.pt --key ema --half
 
 The checkpoint may be a plain state dict (.pt or .safetensors) or a dict of them (--key picks one). The weights must
-fit the bundle's network key by key. With --half they are stored in float16, which networks convert back when they load
-them.
+fit the bundle's network key by key; those of an encoder alone fit a network that adds nothing to it. With --half they
+are stored in float16, which networks convert back when they load them.
 """
 
 from __future__ import annotations
@@ -58,7 +58,11 @@ def freeze(bundle: Bundle, checkpoint: Path, key: str | None = None, half: bool 
         raise WeightsMismatch(
             f"{checkpoint}: holds more than tensors; pick one of {', '.join(map(str, state))} with --key"
         )
-    load_weights(bundle.parser().get_parsed_content("network_def"), state)
+    network = bundle.parser().get_parsed_content("network_def")
+    encoder = {f"encoder.{key}": value for key, value in state.items()}
+    if encoder.keys() == network.state_dict().keys():
+        state = encoder
+    load_weights(network, state)
     if half:
         state = {k: v.half() if v.dtype == torch.float32 else v for k, v in state.items()}
     # after the conversion: what is above 65504 becomes infinite in float16

@@ -9,6 +9,7 @@ import torch
 from bundle_synthetic import blobs, edit_json, expected_labels, make_bundle, write_weights
 from data_synthetic import make_affine, write_nifti
 
+from medvit import create_model
 from medvit.bundle import Bundle, bundle_folders, find_bundle, list_bundles, locate, select_device, structures
 from medvit.errors import BundleError, NothingFound, WeightsMismatch
 
@@ -325,6 +326,22 @@ def test_freezing_touches_nothing_when_weights_do_not_serve(tiny, tmp_path, free
     with pytest.raises(WeightsMismatch, match=message):
         freeze(tiny, path, **options)
     assert {p: p.read_bytes() for p in tiny.root.rglob("*") if p.is_file()} == before
+
+
+def test_freezing_an_encoder_into_a_network_that_adds_nothing_to_it(tiny, tmp_path, freeze):
+    encoder = {"name": "rad_dino", "img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2}
+    edit_json(
+        tiny.root / "configs/inference.json",
+        network_def={"_target_": "medvit.create_model", "name": "embedder", "encoder": encoder},
+    )
+    trained = create_model(**encoder)
+    torch.save(trained.state_dict(), tmp_path / "encoder.pt")
+    freeze(tiny, tmp_path / "encoder.pt")
+    network = Bundle(tiny.root).network()
+    assert all(torch.equal(value, trained.state_dict()[key]) for key, value in network.encoder.state_dict().items())
+    torch.save({**trained.state_dict(), "more": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(WeightsMismatch, match="do not fit the network"):
+        freeze(tiny, tmp_path / "other.pt")
 
 
 def test_a_copy_of_a_bundle_is_a_bundle(tiny, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from medvit.inference.report import OverlayWriter
-from medvit.inference.vectors import EMBEDDING, SCORES, VECTOR_FORMATS, EmbeddingWriter, ScoresWriter
+from medvit.inference.vectors import EMBEDDING, PATCHES, SCORES, ArrayWriter, ScoresWriter
 from medvit.writers.base import Writer
 from medvit.writers.dicom_seg import DicomSegWriter
 from medvit.writers.nifti import NiftiLabelWriter
@@ -58,17 +58,18 @@ def make_writers(formats: Sequence[str], algorithm_name: str, algorithm_version:
     return [makers[f]() for f in chosen]
 
 
-def make_vector_writers(formats: Sequence[str], classes: Sequence[str]) -> list[ScoresWriter | EmbeddingWriter]:
-    """Writers for ``formats`` of a network that gives a vector per image, each once, in that order.
+def make_vector_writers(formats: Sequence[str], classes: Sequence[str]) -> list[ScoresWriter | ArrayWriter]:
+    """Writers for ``formats`` of a network that says something of an image as a whole, each once, in that order.
 
     Args:
-        formats: ``"scores"`` (probabilities), ``"embedding"`` (the encoder's summary) or both.
-        classes: names of the classes.
+        formats: at least one; of a network with classes ``"scores"`` (probabilities) and ``"embedding"`` (the encoder's
+            summary), of one without ``"embedding"`` and ``"patches"`` (the encoder's map).
+        classes: names of the classes, none for a network that gives an embedding.
 
     Raises:
         ValueError: an unknown format, or none.
     """
-    if not formats or not set(formats) <= set(VECTOR_FORMATS):
-        raise ValueError(f"formats must be some of {', '.join(VECTOR_FORMATS)}, got {list(formats)}")
-    makers: dict[str, ScoresWriter | EmbeddingWriter] = {SCORES: ScoresWriter(classes), EMBEDDING: EmbeddingWriter()}
-    return [makers[f] for f in dict.fromkeys(formats)]
+    known = (SCORES, EMBEDDING) if classes else (EMBEDDING, PATCHES)
+    if not formats or not set(formats) <= set(known):
+        raise ValueError(f"formats must be some of {', '.join(known)}, got {list(formats)}")
+    return [ScoresWriter(classes) if f == SCORES else ArrayWriter(f) for f in dict.fromkeys(formats)]

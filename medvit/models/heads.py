@@ -1,4 +1,4 @@
-"""Heads that any encoder can feed: a segmentation of the image, or classes for it."""
+"""Heads that any encoder can feed: a segmentation of the image, classes for it, or its embedding as it is."""
 
 from __future__ import annotations
 
@@ -95,3 +95,26 @@ class Classifier(nn.Module):
             vector = self.encoder.embed(x)
         logits: Tensor = self.head(self.norm(vector))
         return logits
+
+
+@register("embedder")
+class Embedder(nn.Module):
+    """Any encoder's summary vector and nothing else: one tensor out, as bundles and exports need it.
+
+    It has no parameters of its own: its state is that of the encoder, below the name ``encoder``.
+
+    Args:
+        encoder: see :func:`as_encoder`.
+
+    Shapes: ``(B, in_channels, *spatial)`` to ``(B, embed_dim)``.
+    """
+
+    def __init__(self, encoder: nn.Module | Mapping[str, Any]):
+        super().__init__()
+        body: Any = as_encoder(encoder)
+        self.encoder = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The vector; see the class."""
+        vector: Tensor = self.encoder.embed(x)
+        return vector

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from medvit.transforms.hounsfield import HounsfieldWindowsd
     from medvit.transforms.masked import RandPatchMaskd
     from medvit.transforms.photometric import RadiographRanged
-    from medvit.transforms.radiograph import ResizeShorterSided, rad_dino_preprocessing
+    from medvit.transforms.radiograph import ResizeShorterSided, RowsFirstd, rad_dino_preprocessing
     from medvit.transforms.resample import resample_labels
     from medvit.transforms.respace import Respaced
     from medvit.transforms.restore import ArgmaxLabelsd, RestoreLabelsd
@@ -33,6 +33,7 @@ __all__ = [
     "ResizeShorterSided",
     "Respaced",
     "RestoreLabelsd",
+    "RowsFirstd",
     "rad_dino_preprocessing",
     "resample_labels",
 ]
@@ -49,6 +50,7 @@ _HOMES = {
     "ResizeShorterSided": "radiograph",
     "Respaced": "respace",
     "RestoreLabelsd": "restore",
+    "RowsFirstd": "radiograph",
     "rad_dino_preprocessing": "radiograph",
     "resample_labels": "resample",
 }

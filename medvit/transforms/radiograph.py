@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
+from monai.data.utils import to_affine_nd
 from monai.transforms import (
     CenterSpatialCropd,
     Compose,
@@ -16,7 +17,6 @@ from monai.transforms import (
     MapTransform,
     NormalizeIntensityd,
     RepeatChanneld,
-    Transposed,
 )
 from torch import Tensor
 from torch.nn import functional as F
@@ -54,7 +54,7 @@ def rad_dino_preprocessing(keys: KeysCollection = "image", *, size: int = 518, v
             EnsureChannelFirstd(keys),
             ResizeShorterSided(keys, size),
             CenterSpatialCropd(keys, size),
-            Transposed(keys, (0, 2, 1)),
+            RowsFirstd(keys),
             NormalizeIntensityd(keys, subtrahend=MEAN, divisor=STD),
             RepeatChanneld(keys, 3),
         ]
@@ -66,6 +66,7 @@ class ResizeShorterSided(MapTransform):  # type: ignore[misc]  # MONAI ships no 
 
     Bicubic with antialiasing, where MONAI's own resizing smooths by a Gaussian first. One axis after the other, x
     before y, clipped to [0, 1] after each, as Pillow and torchvision do it to 8-bit images; here nothing is rounded.
+    The affine follows.
 
     Args:
         keys: images ``(C, x, y)``, floating point.
@@ -88,6 +89,42 @@ class ResizeShorterSided(MapTransform):  # type: ignore[misc]  # MONAI ships no 
         return item
 
 
+class RowsFirstd(MapTransform):  # type: ignore[misc]  # MONAI ships no types
+    """Images ``(C, x, y)`` to ``(C, row, column)``, the order that networks for pictures are trained with.
+
+    The affine follows, which MONAI's ``Transposed`` leaves as it was.
+
+    Args:
+        keys: images ``(C, x, y)``.
+        allow_missing_keys: skip absent entries instead of raising KeyError.
+
+    Raises:
+        ValueError: an image of another rank.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """A copy of ``data`` with turned images."""
+        item = dict(data)
+        for key in self.key_iterator(item):
+            image = item[key]
+            if image.ndim != 3:
+                raise ValueError(f"{key!r} must be an image (C, x, y), got shape {tuple(image.shape)}")
+            plain = image.as_tensor() if isinstance(image, MetaTensor) else torch.as_tensor(image)
+            item[key] = _placed(plain.transpose(1, 2), image, [[0, 1, 0], [1, 0, 0], [0, 0, 1]])
+        return item
+
+
+def _placed(pixels: Tensor, image: Any, matrix: Sequence[Sequence[float]]) -> Tensor:
+    """``pixels`` with the meta data of ``image``, if it has any; ``matrix`` leads from their indices to its own."""
+    if not isinstance(image, MetaTensor):
+        return pixels
+    step = to_affine_nd(len(image.affine) - 1, torch.tensor(matrix, dtype=image.affine.dtype))
+    out: Any = MetaTensor(pixels).copy_meta_from(image)
+    out.affine = image.affine @ step
+    placed: Tensor = out
+    return placed
+
+
 def _resized(image: Tensor, size: int, key: str) -> Tensor:
     plain = image.as_tensor() if isinstance(image, MetaTensor) else torch.as_tensor(image)
     if plain.dim() != 3 or not plain.is_floating_point():
@@ -100,4 +137,6 @@ def _resized(image: Tensor, size: int, key: str) -> Tensor:
     out = plain[None]
     for sides in ((new_width, height), (new_width, new_height)):
         out = F.interpolate(out, sides, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-    return MetaTensor(out[0]).copy_meta_from(image) if isinstance(image, MetaTensor) else out[0]
+    # centres of pixels lie half a pixel inside
+    x, y = width / new_width, height / new_height
+    return _placed(out[0], image, [[x, 0, (x - 1) / 2], [0, y, (y - 1) / 2], [0, 0, 1]])

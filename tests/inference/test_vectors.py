@@ -11,6 +11,7 @@ from medvit.data.volume import Source
 from medvit.errors import OutputError, UnreadableFile, UnsuitableImage
 from medvit.inference.batch import FolderRunner
 from medvit.inference.formats import make_vector_writers
+from medvit.inference.region import Region
 from medvit.inference.vectors import VectorPredictor, VectorReport, Vectors, by_class
 
 CLASSES = ("bacteria", "virus, or none")
@@ -71,8 +72,8 @@ def test_a_case_gets_its_files_and_a_run_its_tables(tmp_path):
     _, second = runner(tmp_path).run()
     share = 1 / (1 + np.exp(-2.0))
     assert outputs(tmp_path) == [
-        "b_embedding.npy", "b_scores.json", "embeddings.safetensors", "manifest.jsonl", "predictions.csv",
-        "sub/a_embedding.npy", "sub/a_scores.json",
+        "b_embedding.npy", "b_scores.json", "embeddings.csv", "embeddings.safetensors", "manifest.jsonl",
+        "predictions.csv", "sub/a_embedding.npy", "sub/a_scores.json",
     ]  # fmt: skip
     assert {key: second[key] for key in ("kind", "modality", "series_uid", "shape", "notes", "vectors", "scores")} == {
         "kind": "raster",
@@ -92,6 +93,9 @@ def test_a_case_gets_its_files_and_a_run_its_tables(tmp_path):
     table = Embeddings.load(tmp_path / "out/embeddings.safetensors")
     assert table.cases == ("b", "sub/a")
     assert table.vectors["embed"].tolist() == [[0, 1], [2, 3]]
+    assert (tmp_path / "out/embeddings.csv").read_text(encoding="utf-8").splitlines() == [
+        "case,file,e0,e1", "b,b.png,0.0,1.0", "sub/a,sub_a.png,2.0,3.0",
+    ]  # fmt: skip
     assert np.load(tmp_path / "out/sub/a_embedding.npy").dtype == np.float32
 
 
@@ -132,7 +136,8 @@ def test_results_are_not_replaced_unasked_and_nothing_stale_stays(tmp_path):
     assert outputs(tmp_path) == ["b_scores.json", "manifest.jsonl", "predictions.csv", "sub/a_scores.json"]
     runner(tmp_path, "overwrite", formats=("embedding",)).run()
     assert outputs(tmp_path) == [
-        "b_embedding.npy", "embeddings.safetensors", "manifest.jsonl", "predictions.csv", "sub/a_embedding.npy",
+        "b_embedding.npy", "embeddings.csv", "embeddings.safetensors", "manifest.jsonl", "predictions.csv",
+        "sub/a_embedding.npy",
     ]  # fmt: skip
     assert (tmp_path / "out/predictions.csv").read_text(encoding="utf-8") == 'case,file,bacteria,"virus, or none"\n'
 
@@ -144,6 +149,16 @@ def test_vectors_of_other_weights_are_never_mixed(tmp_path):
     assert (Embeddings.load(path).encoder_sha256, Embeddings.load(path).cases) == ("1", ("b", "sub/a"))
     runner(tmp_path, "overwrite", version=2, cases={"b": 4.0}).run()
     assert (Embeddings.load(path).encoder_sha256, Embeddings.load(path).cases) == ("2", ("b",))
+    rows = (tmp_path / "out/embeddings.csv").read_text(encoding="utf-8").splitlines()
+    assert rows == ["case,file,e0,e1", "b,b.png,4.0,5.0"]
+
+
+def test_the_table_of_embeddings_tells_every_float32_apart(tmp_path):
+    values = [0.1, 1 / 3, 1e-12, 123456.789, -1.0000001]
+    runner(tmp_path, formats=("embedding",), cases={f"case{n}": value for n, value in enumerate(values)}).run()
+    for row in (tmp_path / "out/embeddings.csv").read_text(encoding="utf-8").splitlines()[1:]:
+        name, _, *texts = row.split(",")
+        assert np.array_equal(np.array(texts, np.float32), np.load(tmp_path / f"out/{name}_embedding.npy"))
 
 
 def test_a_damaged_vector_is_told(tmp_path):
@@ -191,10 +206,39 @@ def test_probabilities_of_other_classes_are_refused():
         by_class(CLASSES, result)
 
 
-@pytest.mark.parametrize("formats", [[], ["nifti"], ["scores", "png"]])
+@pytest.mark.parametrize("formats", [[], ["nifti"], ["scores", "png"], ["patches"]])
 def test_formats_of_label_maps_are_refused(formats):
     with pytest.raises(ValueError, match=r"formats must be some of scores, embedding, got \["):
         make_vector_writers(formats, CLASSES)
+
+
+@pytest.mark.parametrize("formats", [[], ["scores"], ["embedding", "png"]])
+def test_without_classes_there_are_no_scores(formats):
+    with pytest.raises(ValueError, match=r"formats must be some of embedding, patches, got \["):
+        make_vector_writers(formats, ())
+
+
+def patches(images):
+    return images[0, :, ::2, ::2]
+
+
+def test_patches_are_written_with_what_they_cover(tmp_path):
+    (tmp_path / "x").write_text("3", encoding="utf-8")
+    predictor = VectorPredictor(load, {"patches": patches, "embedding": embedding})
+    case = {"image": str(tmp_path / "x"), "case": "x"}
+    writers = make_vector_writers(["patches", "embedding"], ())
+    (record,) = FolderRunner([case], predictor, writers, tmp_path / "out", report=report("1", ("embedding",))).run()
+    assert record["outputs"] == ["x_patches.npy", "x_embedding.npy"]
+    assert record["vectors"] == {"patches": 2, "embedding": 2}
+    assert record["patches"] == {"grid": [2, 2], "axes": [0, 1], "start": [0, 0], "stop": [4, 4]}
+    stored = np.load(tmp_path / "out/x_patches.npy")
+    assert stored.dtype == np.float32 and stored.tolist() == np.full((2, 2, 2), 3).tolist()
+
+
+@pytest.mark.parametrize("region", [None, Region((2, 1), (0, 1), (0, 0), (4, 4))])
+def test_patches_without_their_region_are_refused(region):
+    with pytest.raises(ValueError, match=r"patches must come with the region that they cover, got shape \(3, 2, 2\)"):
+        Vectors({"patches": np.zeros((3, 2, 2))}, Source("raster", ()), (1, 1), region=region)
 
 
 def test_a_file_that_vanished_is_a_failed_case(tmp_path):

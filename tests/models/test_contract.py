@@ -11,7 +11,7 @@ from torch import nn
 
 from medvit import create_model, list_models
 from medvit.models.encoder import Encoder
-from medvit.models.heads import Classifier, Segmenter, as_encoder
+from medvit.models.heads import Classifier, Embedder, Segmenter, as_encoder
 from medvit.models.weights import load_weights, read_state
 
 KEYS = json.loads((Path(__file__).parent / "state_keys.json").read_text())
@@ -96,9 +96,14 @@ CASES = {
         },
         (64, 64),
     ),
+    "embedder-2d": (
+        "embedder",
+        {"encoder": {"name": "swin_unetr", **SWIN, "spatial_dims": 2, "in_channels": 1, "out_channels": 2}},
+        (64, 64),
+    ),
 }  # fmt: skip
 NETWORKS = [case for case in CASES if case.split("-")[0] in ("swin_unetr", "d_former", "hbformer", "segmenter")]
-ENCODERS = [case for case in CASES if not case.startswith(("segmenter", "classifier"))]
+ENCODERS = [case for case in CASES if not case.startswith(("segmenter", "classifier", "embedder"))]
 
 
 def build(case, seed=0):
@@ -217,6 +222,8 @@ def test_any_encoder_feeds_any_head(case):
     assert segmenter(x).shape == (2, 3, *x.shape[2:])
     classifier = Classifier(build(case), 4)
     assert classifier(x).shape == (2, 4)
+    encoder = as_encoder(build(case))
+    assert torch.equal(Embedder(encoder)(x), encoder.embed(x))
     for head in (segmenter, classifier):
         head(x).square().sum().backward()
         assert all(p.grad is not None for p in head.head.parameters())

@@ -7,7 +7,7 @@ from data_synthetic import slice_dataset
 from monai.data import MetaTensor
 from PIL import Image
 
-from medvit.transforms import ResizeShorterSided, rad_dino_preprocessing
+from medvit.transforms import ResizeShorterSided, RowsFirstd, rad_dino_preprocessing
 
 # MONAI warns about optional packages of its own when LoadImage is built
 pytestmark = pytest.mark.filterwarnings("ignore:NvImgCodecPydicomReader:UserWarning")
@@ -116,8 +116,28 @@ def test_meta_data_are_kept():
     assert out["other"] == 1 and item["image"] is image
 
 
+def test_the_affine_says_where_pixels_came_from():
+    x = torch.arange(30.0)[None, :, None].expand(1, 30, 20) / 30
+    small = ResizeShorterSided("image", 10)({"image": MetaTensor(x)})["image"]
+    inner = torch.arange(3, 12)  # borders are not interpolated
+    source = small.affine[0, 0] * inner + small.affine[0, -1]
+    torch.testing.assert_close(source.float(), 30 * small.as_tensor()[0, inner, 5], rtol=0, atol=0.02)
+    turned = RowsFirstd("image")({"image": small})["image"]
+    assert turned.shape == (1, 10, 15) and torch.equal(turned.as_tensor(), small.as_tensor().transpose(1, 2))
+    assert (turned.affine @ torch.tensor([2.0, 7, 0, 1], dtype=torch.float64)).tolist() == pytest.approx(
+        (small.affine @ torch.tensor([7.0, 2, 0, 1], dtype=torch.float64)).tolist()
+    )
+    assert RowsFirstd("image")({"image": x})["image"].shape == (1, 20, 30)  # without meta data
+
+
+def test_rows_and_columns_need_an_image_of_two_axes():
+    with pytest.raises(ValueError, match=r"'image' must be an image \(C, x, y\), got shape \(1, 4, 4, 4\)"):
+        RowsFirstd("image")({"image": torch.zeros(1, 4, 4, 4)})
+
+
 def test_a_missing_key():
     assert ResizeShorterSided("image", 10, allow_missing_keys=True)({}) == {}
+    assert RowsFirstd("image", allow_missing_keys=True)({}) == {}
     with pytest.raises(KeyError):
         ResizeShorterSided("image", 10)({})
 
