@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from medvit.data.any_rank import AnyRankReader as AnyRankReader
     from medvit.data.cases import list_cases as list_cases
     from medvit.data.dicom import read_dicom as read_dicom
     from medvit.data.nifti import read_nifti as read_nifti
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from medvit.data.volume import Volume as Volume
 
 _HOMES = {
+    "AnyRankReader": "any_rank",
     "Inventory": "study",
     "Series": "study",
     "Radiograph": "radiograph",

@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from medvit.transforms.masked import RandPatchMaskd
     from medvit.transforms.photometric import RadiographRanged
     from medvit.transforms.radiograph import ResizeShorterSided, RowsFirstd, rad_dino_preprocessing
+    from medvit.transforms.rank import ByRankd
     from medvit.transforms.resample import resample_labels
     from medvit.transforms.respace import Respaced
     from medvit.transforms.restore import ArgmaxLabelsd, RestoreLabelsd
 
 __all__ = [
     "ArgmaxLabelsd",
+    "ByRankd",
     "ForegroundCropd",
     "GradientMagnituded",
     "HounsfieldWindowsd",
@@ -40,6 +42,7 @@ __all__ = [
 
 _HOMES = {
     "ArgmaxLabelsd": "restore",
+    "ByRankd": "rank",
     "ForegroundCropd": "foreground",
     "GradientMagnituded": "gradient",
     "HounsfieldWindowsd": "hounsfield",
