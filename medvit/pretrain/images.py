@@ -87,6 +87,8 @@ class RandomViews:
         mean, std: of the normalisation of values in [0, 1].
         contrast: greatest relative change of contrast about the view's mean; 0: none.
         brightness: greatest shift of values in [0, 1]; 0: none.
+        augment: views in [0, 1] to views, before the normalisation, such as
+            :class:`~medvit.pretrain.randaugment.RandAugment`; None: nothing more.
         key: entry of the batch that :class:`Augment` gives it.
 
     Raises:
@@ -104,6 +106,7 @@ class RandomViews:
         std: float = 0.25,
         contrast: float = 0.0,
         brightness: float = 0.0,
+        augment: Callable[[Tensor], Tensor] | None = None,
         key: str = "image",
     ):
         low, high = scale
@@ -114,7 +117,7 @@ class RandomViews:
             )
         self.size, self.scale, self.stretch, self.flips = size, (low, high), stretch, tuple(flips)
         self.mean, self.std, self.contrast, self.brightness = mean, std, contrast, brightness
-        self.key = key
+        self.augment, self.key = augment, key
 
     def __call__(self, images: Tensor) -> Tensor:
         """``(B, C, *spatial)``, uint8 or in [0, 1], to float32 ``(B, C, *size)``."""
@@ -127,6 +130,7 @@ class RandomViews:
         turned = torch.rand(len(images), rank, device=device) < chances
         ends = torch.where(turned, high, low), torch.where(turned, low, high)
         views = self._shaded(crop(images, *ends, ntuple(self.size, rank, "size")))
+        views = views if self.augment is None else self.augment(views)
         return (views - self.mean) / self.std
 
     def boxes(self, count: int, rank: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
