@@ -18,6 +18,7 @@ def listed_images(
     where: Mapping[str, Sequence[str]] | None = None,
     label: str | None = None,
     classes: Mapping[str, Any] | None = None,
+    group: str | None = None,
 ) -> list[dict[str, Any]]:
     """Cases of one or several folders, in the tables' order.
 
@@ -30,9 +31,10 @@ def listed_images(
         label: column of the label; None: cases have none.
         classes: what its values become, e.g. ``{"bacteria": 0, "virus": 1}``; values not named are an error, leave them
             out by ``where``. None: numbers.
+        group: column of what several cases may have in common, such as the patient; None: cases have none.
 
     Returns:
-        ``{"image": path, "case": case_id}`` and ``"label"`` per case.
+        ``{"image": path, "case": case_id}`` per case, and ``"label"`` and ``"group"``, if asked for.
 
     Raises:
         NothingFound: no table, column, case or file.
@@ -40,11 +42,12 @@ def listed_images(
     """
     cases = []
     for folder in (Path(dataset_dir) / name for name in sets):
-        needed = {"case_id", "image", "split", *(where or {}), *([label] if label else [])}
+        needed = {"case_id", "image", "split", *(where or {}), *([label] if label else []), *([group] if group else [])}
         for row in _rows(folder / "cases.csv", needed):
             if row["split"] in splits and all(row[column] in values for column, values in (where or {}).items()):
                 case: dict[str, Any] = {"image": str(folder / row["image"]), "case": row["case_id"]}
-                cases.append(case | ({"label": _label(row[label], classes, folder, label)} if label else {}))
+                case |= {"label": _label(row[label], classes, folder, label)} if label else {}
+                cases.append(case | ({"group": row[group]} if group else {}))
     if not cases:
         raise NothingFound(
             f"{dataset_dir}: no case in splits {list(splits)} of {', '.join(sets)}"

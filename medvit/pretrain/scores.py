@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from medvit.pretrain.agreement import agreement, dice, spacing_of
 from medvit.pretrain.health import Metric, View, evaluation, images_of
 
 
@@ -60,49 +61,57 @@ class Predictions:
         self.scores = scores[:, 1] if scores.dim() == 2 and scores.shape[1] == 2 else scores
         truth = torch.cat(labels)
         if self.table is not None:
-            names = [case["case"] for case in self.data.cases]
-            write_table(self.table, names, {**columns("label", truth), **columns("score", self.scores)})
+            write_table(self.table, self.data.cases, {**columns("label", truth), **columns("score", self.scores)})
         return {f"val_{name}": float(metric(truth, self.scores)) for name, metric in self.metrics.items()}
 
 
 class Segmentations:
-    """Watcher for segmentation: Dice of each structure in each case, on whole images.
+    """Watcher for segmentation: each structure of each case, on whole images, by its overlap and its surface.
 
-    A structure that neither the reference nor the prediction of a case holds has no Dice there; means leave it out.
+    A structure that neither the reference nor the prediction of a case holds has no scores there, and means leave it
+    out; see :class:`~medvit.pretrain.agreement.Agreement`.
 
     Args:
         data: items ``image`` ``(C, *spatial)`` and ``label`` ``(1, *spatial)`` of class numbers, of sizes the network
-            takes; a MONAI data set, whose ``data`` names the cases.
+            takes; a MONAI data set, whose ``data`` names the cases. Spacing is that of the label, a MetaTensor.
         structures: names of the classes from 1.
-        table: CSV file of Dice per case and structure, written at each call; None: none.
+        table: CSV file of scores per case, written at each call; None: none. Columns: Dice under the structure's own
+            name, then ``surface_dice_NAME`` and ``hd95_NAME`` (mm).
+        tolerance: mm, of surface Dice.
+
+    Raises:
+        TypeError: in a call, a label without a spacing, where there is a table.
     """
 
-    def __init__(self, data: Any, structures: Sequence[str], *, table: str | Path | None = None):
-        self.data, self.structures = data, tuple(structures)
+    def __init__(
+        self, data: Any, structures: Sequence[str], *, table: str | Path | None = None, tolerance: float = 1.0
+    ):
+        self.data, self.structures, self.tolerance = data, tuple(structures), tolerance
         self.table = None if table is None else Path(table)
 
     def __call__(self, objective: nn.Module) -> dict[str, float]:
-        """Means over the cases, ``val_dice_NAME``, and over these, ``val_dice``."""
+        """Mean Dice over the cases, ``val_dice_NAME``, and over these, ``val_dice``."""
         network: Any = objective.network
         device = next(network.parameters()).device
         rows = []
         with evaluation(objective), torch.no_grad():
             for item in self.data:
                 image, label = (torch.as_tensor(item[key]).as_subclass(Tensor) for key in ("image", "label"))
-                found = network(image[None].to(device)).argmax(1).cpu()
-                rows.append([dice(found[0] == i, label[0] == i) for i in range(1, len(self.structures) + 1)])
-        scores = torch.tensor(rows, dtype=torch.float64)
+                found = network(image[None].to(device)).argmax(1)[0].cpu()
+                masks = [(found == i, label[0] == i) for i in range(1, len(self.structures) + 1)]
+                rows.append([self._scores(item["label"], *pair) for pair in masks])
+        scores = torch.tensor(rows, dtype=torch.float64)  # cases, structures, scores
         if self.table is not None:
-            names = [case["case"] for case in self.data.data]
-            write_table(self.table, names, dict(zip(self.structures, scores.T, strict=True)))
-        means = {f"val_dice_{name}": float(scores[:, i].nanmean()) for i, name in enumerate(self.structures)}
+            prefixes = ("", "surface_dice_", "hd95_")
+            names = [prefix + name for prefix in prefixes for name in self.structures]
+            write_table(self.table, self.data.data, dict(zip(names, scores.transpose(1, 2).flatten(1).T, strict=True)))
+        means = {f"val_dice_{name}": float(scores[:, i, 0].nanmean()) for i, name in enumerate(self.structures)}
         return {**means, "val_dice": float(torch.tensor(list(means.values())).nanmean())}
 
-
-def dice(found: Tensor, truth: Tensor) -> float:
-    """Dice of two boolean masks, ``2 |A and B| / (|A| + |B|)``; NaN if both are empty."""
-    total = int(found.sum()) + int(truth.sum())
-    return 2 * int((found & truth).sum()) / total if total else math.nan
+    def _scores(self, label: Tensor, found: Tensor, truth: Tensor) -> Sequence[float]:
+        if self.table is None:
+            return (dice(found, truth),)
+        return agreement(found, truth, spacing_of(label), self.tolerance)
 
 
 def columns(name: str, values: Tensor) -> dict[str, Tensor]:
@@ -110,15 +119,22 @@ def columns(name: str, values: Tensor) -> dict[str, Tensor]:
     return {name: values} if values.dim() == 1 else {f"{name}_{i}": column for i, column in enumerate(values.T)}
 
 
-def write_table(path: Path, cases: Sequence[str], values: Mapping[str, Tensor]) -> None:
-    """A CSV file with a row per case, NaN as an empty cell; written by the first process only, whole or not at all."""
+def write_table(path: Path, cases: Sequence[Mapping[str, Any]], values: Mapping[str, Tensor]) -> None:
+    """A CSV file with a row per case, for ``medvit evaluate``; written by the first process only, whole or not at all.
+
+    Args:
+        path: replaced.
+        cases: each with the name ``case``, and all with ``group``, such as the patient, or none.
+        values: columns ``(N,)``; NaN is an empty cell.
+    """
     if dist.is_initialized() and dist.get_rank():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     with part.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(["case", *values])
+        names = [name for name in ("case", "group") if name in cases[0]]
+        table.writerow([*names, *values])
         for case, *row in zip(cases, *(column.tolist() for column in values.values()), strict=True):
-            table.writerow([case, *("" if math.isnan(value) else f"{value:.6g}" for value in row)])
+            table.writerow([*(case[n] for n in names), *("" if math.isnan(value) else f"{value:.6g}" for value in row)])
     part.replace(path)

@@ -34,6 +34,8 @@ def test_labels(folder):
     )
     assert [(case["case"], case["label"]) for case in cases] == [("a", 1), ("c", 0)]
     assert [case["label"] for case in listed_images(folder, ["one"], label="age")] == [5.0, 7.5]
+    grouped = listed_images(folder, ["one"], group="kind")
+    assert [case["group"] for case in grouped] == ["virus", "normal"]
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,7 @@ def test_labels(folder):
         ({"sets": ["three"]}, r"three.cases.csv: no such table; dataset_dir must hold .* docs/pretraining.md says how"),
         ({"splits": ["test"]}, r"no case in splits \['test'\] of one"),
         ({"where": {"kind": ["x"]}}, r"with \{'kind': \['x'\]\}"),
+        ({"group": "patient"}, "lacks the columns patient; it has"),
         ({"label": "sex"}, "lacks the columns sex; it has case_id, image, split, kind, age"),
     ],
 )

@@ -3,13 +3,14 @@ import math
 
 import pytest
 import torch
+from monai.data import MetaTensor
 from torch import nn
 from torch.nn import functional as F
 
 from medvit.pretrain.objective import Losses, Objective
 from medvit.pretrain.optimizer import adamw, parameter_groups, set_rates
 from medvit.pretrain.schedule import Constant
-from medvit.pretrain.scores import Predictions, Segmentations, dice
+from medvit.pretrain.scores import Predictions, Segmentations, write_table
 from medvit.pretrain.supervised import Supervised
 
 
@@ -89,26 +90,36 @@ class Threshold(nn.Module):
         return torch.cat([-(x - i).abs() for i in range(3)], 1) + self.at
 
 
-def test_dice_per_structure_and_case(tmp_path):
-    image = torch.tensor([[[0.0, 1.0, 1.0, 2.0]]])
+def test_structures_are_scored_case_by_case_in_mm(tmp_path):
+    image, spacing = torch.tensor([[[0.0, 1.0, 1.0, 2.0]]]), torch.diag(torch.tensor([2.0, 0.5, 3.0, 1.0]))
+    labels = torch.tensor([[[0, 1, 2, 2]]]), torch.tensor([[[0, 1, 1]]])
     items = Cases(
         [
-            {"image": image, "label": torch.tensor([[[0, 1, 2, 2]]])},
-            {"image": image[..., :3], "label": torch.tensor([[[0, 1, 1]]])},
+            {"image": image, "label": MetaTensor(labels[0], affine=spacing)},
+            {"image": image[..., :3], "label": MetaTensor(labels[1], affine=spacing)},
         ]
     )
-    found = Segmentations(items, ["one", "two"], table=tmp_path / "dice.csv")(Supervised(Threshold(), nn.MSELoss()))
+    objective = Supervised(Threshold(), nn.MSELoss())
+    found = Segmentations(items, ["one", "two"], table=tmp_path / "dice.csv", tolerance=0.4)(objective)
     one, two = (2 / 3 + 1) / 2, 2 / 3
     assert found == pytest.approx({"val_dice_one": one, "val_dice_two": two, "val_dice": (one + two) / 2})
-    assert rows(tmp_path / "dice.csv") == [
-        {"case": "a", "one": "0.666667", "two": "0.666667"},
-        {"case": "b", "one": "1", "two": ""},
-    ]
+    assert found == Segmentations(
+        [dict(item, label=label) for item, label in zip(items, labels, strict=True)], ["one", "two"]
+    )(objective)
+    # of one: two voxels and one of them, of two: one voxel and it with a neighbour; centres are 0.5 mm apart
+    names = ["one", "two", "surface_dice_one", "surface_dice_two", "hd95_one", "hd95_two"]
+    first = dict(zip(names, ["0.666667", "0.666667", "0.666667", "0.666667", "0.475", "0.475"], strict=True))
+    second = dict(zip(names, ["1", "", "1", "", "0", ""], strict=True))
+    assert rows(tmp_path / "dice.csv") == [{"case": "a", **first}, {"case": "b", **second}]
+    plain = Cases([{"image": image, "label": labels[0]}])
+    with pytest.raises(TypeError, match="need an image that knows its spacing, a MetaTensor, got Tensor"):
+        Segmentations(plain, ["one", "two"], table=tmp_path / "dice.csv")(objective)
 
 
-def test_dice_of_nothing_is_not_a_number():
-    empty, full = torch.zeros(3, dtype=torch.bool), torch.ones(3, dtype=torch.bool)
-    assert math.isnan(dice(empty, empty)) and dice(empty, full) == 0 and dice(full, full) == 1
+def test_a_table_names_the_patients_where_they_are_known(tmp_path):
+    cases = [{"case": "a", "group": "p"}, {"case": "b", "group": "p"}]
+    write_table(tmp_path / "t.csv", cases, {"x": torch.tensor([0.5, math.nan])})
+    assert rows(tmp_path / "t.csv") == [{"case": "a", "group": "p", "x": "0.5"}, {"case": "b", "group": "p", "x": ""}]
 
 
 def test_what_decays():
