@@ -1,0 +1,139 @@
+"""What a frozen encoder is good for: linear probe, neighbours and a few shots, on vectors that are computed once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from medvit.adapt.embeddings import Embeddings, extract
+from medvit.adapt.metrics import auroc
+from medvit.adapt.probe import few_shot, fit_linear_probe, knn
+from medvit.models.heads import as_encoder
+from medvit.pretrain.scores import columns, write_table
+
+logger = logging.getLogger("medvit")
+
+FEATURES = ("embed", "embed+patches")
+
+
+class FrozenEvaluation:
+    """Probes of an encoder whose weights stay as they are.
+
+    Written are, per kind of features, ``linear.csv`` and ``knn.csv`` with the scores of the held-out cases and
+    ``few_shot.csv`` with a row per draw, for ``medvit evaluate``; and ``train.safetensors`` and ``val.safetensors``,
+    the vectors (:class:`~medvit.adapt.embeddings.Embeddings`).
+
+    Args:
+        network: an encoder, or a network that has one.
+        train: source of whole batches with labels and ``cases``, such as
+            :class:`~medvit.pretrain.images.CachedImages`; labels ``(N,)`` are classes, ``(N, L)`` several yes or no.
+        val: likewise, what is judged on.
+        view: images of a batch to what the encoder takes.
+        output_dir: of the files; a folder per kind of features below it.
+        features: ``"embed"`` (the encoder's own summary) or ``"embed+patches"`` (that and the mean of the last map, as
+            DINOv2 is evaluated), or both.
+        shots: cases per class of the few-shot probes; of several labels there are none.
+        draws: of the shots.
+        neighbours: that vote.
+        seed: of draws and folds.
+        batch_size: images at a time.
+
+    Raises:
+        ValueError: unknown features, or none.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        train: Any,
+        val: Any,
+        view: Callable[[Tensor], Tensor],
+        output_dir: str | Path,
+        *,
+        features: Sequence[str] = ("embed",),
+        shots: int = 16,
+        draws: int = 20,
+        neighbours: int = 20,
+        seed: int = 0,
+        batch_size: int = 256,
+    ):
+        if not features or not set(features) <= set(FEATURES):
+            raise ValueError(f"features must be some of {', '.join(FEATURES)}, got {list(features)}")
+        self.network, self.train, self.val, self.view = network, train, val, view
+        self.output_dir, self.features, self.batch_size = Path(output_dir), tuple(features), batch_size
+        self.shots, self.draws, self.neighbours, self.seed = shots, draws, neighbours, seed
+
+    def run(self) -> dict[str, float]:
+        """Embed, probe, write; the mean AUROC over classes of each, such as ``embed_linear``, which is logged too."""
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        train, val = self._embedded(self.train, "train"), self._embedded(self.val, "val")
+        found: dict[str, float] = {}
+        y, truth, groups = self.train.labels, self.val.labels, groups_of(self.train.cases)
+        for name in self.features:
+            x, queries = train.vectors[name], val.vectors[name]
+            scores = {
+                "linear": fit_linear_probe(x, y, seed=self.seed, groups=groups).probabilities(queries),
+                "knn": knn(x, y, queries, k=self.neighbours),
+            }
+            for probe, probabilities in scores.items():
+                kept = probabilities[:, 1] if y.dim() == 1 and probabilities.shape[1] == 2 else probabilities
+                self._write(name, probe, self.val.cases, {**columns("label", truth), **columns("score", kept)})
+                found[f"{name}_{probe}"] = mean_auroc(truth, probabilities)
+            if self.shots and y.dim() == 1:
+                few = few_shot(x, y, queries, truth, mean_auroc, k=self.shots, draws=self.draws, seed=self.seed, l2=0.1)
+                drawn = [{"case": f"draw {i}"} for i in range(self.draws)]
+                self._write(name, "few_shot", drawn, {"auroc": torch.tensor(few.values)})
+                found |= {
+                    f"{name}_few_shot": few.mean,
+                    f"{name}_few_shot_low": few.low,
+                    f"{name}_few_shot_high": few.high,
+                }
+        for probe, value in found.items():
+            logger.info("%s %.4f", probe, value)
+        return found
+
+    def _embedded(self, source: Any, name: str) -> Embeddings:
+        encoder = as_encoder(self.network)
+
+        def batches() -> Iterator[tuple[Sequence[str], Tensor]]:
+            for first in range(0, len(source), self.batch_size):
+                chosen = list(range(first, min(first + self.batch_size, len(source))))
+                yield [source.cases[n]["case"] for n in chosen], self.view(source.batch(chosen)["image"])
+
+        def read(images: Tensor) -> dict[str, Tensor]:
+            body: Any = encoder
+            made = {"embed": body.embed(images)}
+            if FEATURES[1] in self.features:
+                made[FEATURES[1]] = torch.cat([made["embed"], body(images)[-1].flatten(2).mean(2)], 1)
+            return made
+
+        made = extract(encoder, batches(), read)
+        made.save(self.output_dir / f"{name}.safetensors")
+        return made
+
+    def _write(
+        self, features: str, probe: str, cases: Sequence[Mapping[str, Any]], values: Mapping[str, Tensor]
+    ) -> None:
+        write_table(self.output_dir / features / f"{probe}.csv", cases, values)
+
+
+def groups_of(cases: Sequence[Mapping[str, Any]]) -> list[str] | None:
+    """The ``group`` of each case, such as the patient; None where cases have none."""
+    return [case["group"] for case in cases] if "group" in cases[0] else None
+
+
+def mean_auroc(labels: Tensor, probabilities: Tensor) -> float:
+    """AUROC of ``(N, C)`` probabilities: of two classes the second's, of more each against the others, averaged.
+
+    Labels are class numbers ``(N,)``, or ``(N, C)`` of yes and no, one AUROC for each.
+    """
+    if labels.dim() == 1 and probabilities.shape[1] == 2:
+        return auroc(labels.numpy(), probabilities[:, 1].numpy())
+    truth = labels if labels.dim() == 2 else torch.eye(probabilities.shape[1])[labels.long()]
+    each = [auroc(truth[:, i].numpy(), probabilities[:, i].numpy()) for i in range(probabilities.shape[1])]
+    return sum(each) / len(each)

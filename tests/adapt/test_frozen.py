@@ -1,0 +1,99 @@
+import csv
+
+import pytest
+import torch
+from torch import nn
+from training_synthetic import Encoder
+
+from medvit.adapt.embeddings import Embeddings
+from medvit.adapt.frozen import FrozenEvaluation, mean_auroc
+from medvit.adapt.metrics import auroc
+from medvit.adapt.probe import fit_linear_probe, knn
+
+
+class Source:
+    """Images whose brightness tells the class, of patients with two images each."""
+
+    def __init__(self, count, labels, seed=0):
+        noise = torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+        self.labels = labels(torch.arange(count))
+        told = self.labels if self.labels.dim() == 1 else self.labels @ torch.tensor([1, 2])
+        self.images = noise + 0.3 * told[:, None, None, None]
+        self.cases = [{"case": f"c{i}", "group": f"p{i // 2}"} for i in range(count)]
+
+    def __len__(self):
+        return len(self.images)
+
+    def batch(self, indices):
+        return {"image": self.images[indices], "label": self.labels[indices]}
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def evaluation(folder, labels, **options):
+    torch.manual_seed(0)
+    network = nn.Module()
+    network.encoder = Encoder()
+    sources = Source(60, labels), Source(24, labels, seed=1)
+    return FrozenEvaluation(network, *sources, lambda x: x / 2, folder, batch_size=7, neighbours=5, shots=3, **options)
+
+
+def test_scores_are_those_of_the_probes_on_the_encoders_vectors(tmp_path):
+    made = evaluation(tmp_path, lambda i: (i // 2) % 2)
+    found = made.run()
+    encoder, sources = made.network.encoder, {"train": made.train, "val": made.val}
+    kept = {name: Embeddings.load(tmp_path / f"{name}.safetensors", encoder) for name in sources}
+    x, queries = (kept[name].of([case["case"] for case in source.cases]) for name, source in sources.items())
+    with torch.no_grad():
+        torch.testing.assert_close(queries, encoder.embed(made.val.images / 2))
+    groups = [case["group"] for case in made.train.cases]
+    expected = {
+        "linear": fit_linear_probe(x, made.train.labels, groups=groups).probabilities(queries)[:, 1],
+        "knn": knn(x, made.train.labels, queries, k=5)[:, 1],
+    }
+    for probe, scores in expected.items():
+        table = rows(tmp_path / f"embed/{probe}.csv")
+        assert [(row["case"], row["group"]) for row in table] == [(c["case"], c["group"]) for c in made.val.cases]
+        assert [float(row["score"]) for row in table] == pytest.approx(scores.tolist(), rel=1e-4)
+        assert found[f"embed_{probe}"] == pytest.approx(auroc(made.val.labels, scores))
+    draws = [float(row["auroc"]) for row in rows(tmp_path / "embed/few_shot.csv")]
+    assert len(draws) == 20 and found["embed_few_shot"] == pytest.approx(sum(draws) / 20)
+    assert found["embed_few_shot_low"] < found["embed_few_shot"] < found["embed_few_shot_high"]
+    assert found["embed_linear"] > 0.75  # brightness is told
+
+
+def test_patches_may_be_added_to_the_summary(tmp_path):
+    made = evaluation(tmp_path, lambda i: (i // 2) % 2, features=["embed", "embed+patches"])
+    found = made.run()
+    assert {"embed_linear", "embed+patches_linear"} <= found.keys()
+    both = Embeddings.load(tmp_path / "train.safetensors").vectors["embed+patches"]
+    with torch.no_grad():
+        (patches,) = made.network.encoder(made.train.images / 2)
+    torch.testing.assert_close(both[:, 12:], patches.mean((2, 3)))
+    assert len(rows(tmp_path / "embed+patches/knn.csv")) == 24
+
+
+def test_several_classes_and_several_labels(tmp_path):
+    three = evaluation(tmp_path / "three", lambda i: (i // 2) % 3).run()
+    assert three["embed_linear"] > 0.75 and "embed_few_shot" in three
+    assert list(rows(tmp_path / "three/embed/linear.csv")[0])[2:] == ["label", "score_0", "score_1", "score_2"]
+    several = evaluation(tmp_path / "two", lambda i: torch.stack([i // 2 % 2, i // 4 % 2], 1)).run()
+    assert several["embed_linear"] > 0.65 and "embed_few_shot" not in several
+    assert list(rows(tmp_path / "two/embed/knn.csv")[0])[2:] == ["label_0", "label_1", "score_0", "score_1"]
+
+
+def test_auroc_of_classes_is_averaged():
+    generator = torch.Generator().manual_seed(0)
+    labels, scores = torch.arange(30) % 3, torch.rand(30, 3, generator=generator)
+    each = [auroc((labels == i).numpy(), scores[:, i].numpy()) for i in range(3)]
+    assert mean_auroc(labels, scores) == pytest.approx(sum(each) / 3)
+    yes = torch.stack([labels == 0, labels > 0], 1).long()
+    assert mean_auroc(yes, scores[:, :2]) == pytest.approx((each[0] + auroc(labels > 0, scores[:, 1])) / 2)
+
+
+def test_features_must_be_known(tmp_path):
+    with pytest.raises(ValueError, match=r"features must be some of embed, embed\+patches, got \['cls'\]"):
+        evaluation(tmp_path, lambda i: i % 2, features=["cls"])
