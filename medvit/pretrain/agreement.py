@@ -67,7 +67,8 @@ def agreement(found: Tensor, truth: Tensor, spacing: Sequence[float], tolerance:
 
 
 def _surface(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    return mask & ~binary_erosion(mask)
+    inner: NDArray[np.bool_] = binary_erosion(mask)
+    return mask & ~inner
 
 
 def dice(found: Tensor, truth: Tensor) -> float:

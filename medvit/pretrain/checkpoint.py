@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from medvit.errors import OutputError, WeightsMismatch
 from medvit.models.weights import file_sha256, load_weights, read_state
@@ -103,6 +104,22 @@ def export(state: Mapping[str, Tensor], path: str | Path, description: Mapping[s
     part.replace(path)
     note_part.replace(note)
     return path
+
+
+def plain_state(module: nn.Module) -> dict[str, Tensor]:
+    """State dict in which what is parametrised, such as a weight with a low-rank adapter, is its value, under its name.
+
+    A network without parametrisations loads it.
+    """
+    state: dict[str, Tensor] = dict(module.state_dict())
+    for name, part in module.named_modules():
+        if parametrize.is_parametrized(part):
+            root = f"{name}." if name else ""
+            for own in list(part.parametrizations):
+                for key in [key for key in state if key.startswith(f"{root}parametrizations.{own}.")]:
+                    del state[key]
+                state[root + own] = getattr(part, own).detach()
+    return state
 
 
 def load_encoder(

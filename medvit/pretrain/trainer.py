@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from medvit.pretrain.checkpoint import Checkpoints, export
+from medvit.pretrain.checkpoint import Checkpoints, export, plain_state
 from medvit.pretrain.optimizer import adamw, parameter_groups, set_rates
 from medvit.pretrain.processes import World, accumulating, gathered, like, whole
 from medvit.pretrain.record import Record, logger, memory_mb
@@ -321,7 +321,7 @@ class _Run:
                 "skipped": self.skipped,
             }
         )
-        exports = {name: whole(module.state_dict()) for name, module in self.exports.items()}
+        exports = {name: whole(plain_state(module)) for name, module in self.exports.items()}
         if self.world.rank == 0:
             self.t.checkpoints.save(self.step, state)
             note = {**self.t.description, **self.t.checkpoints.settings, "step": self.step}

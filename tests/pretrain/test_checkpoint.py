@@ -3,10 +3,11 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from training_synthetic import Encoder
 
 from medvit.errors import OutputError, WeightsMismatch
-from medvit.pretrain.checkpoint import Checkpoints, export, load_encoder
+from medvit.pretrain.checkpoint import Checkpoints, export, load_encoder, plain_state
 
 
 def test_the_newest_state_comes_back_and_old_ones_go(tmp_path):
@@ -78,3 +79,19 @@ def test_weights_that_are_not_those_of_the_note(tmp_path):
     note.write_text(json.dumps({"sha256": "0" * 64}))
     with pytest.raises(WeightsMismatch, match="expected sha256 0000"):
         load_encoder(Encoder(), path)
+
+def test_parametrised_weights_are_stored_as_they_are_computed(tmp_path):
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    network = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    base = {key: value.clone() for key, value in network.state_dict().items()}
+    assert plain_state(network).keys() == base.keys()
+    parametrize.register_parametrization(network[1], "weight", Doubled())
+    found = plain_state(network)
+    assert found.keys() == base.keys()
+    assert torch.equal(found["1.weight"], 2 * base["1.weight"]) and torch.equal(found["0.weight"], base["0.weight"])
+    assert "1.parametrizations.weight.original" in network.state_dict()
+    alone = network[1]
+    assert torch.equal(plain_state(alone)["weight"], 2 * base["1.weight"])
