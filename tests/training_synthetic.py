@@ -1,7 +1,7 @@
-"""A small objective, data with random transforms, and a script that trains them, to be killed or run side by side.
+"""A small objective, data with random transforms, and a script that trains, to be killed or run side by side.
 
-``python training_synthetic.py OUTPUT_DIR '{"steps": 8}'``; the JSON holds arguments of Trainer. With ``TOY_KILL=n`` the
-process kills itself during update n.
+``python training_synthetic.py OUTPUT_DIR '{"steps": 8}' ...``; the JSON holds arguments of :func:`make`, or with
+``"task"`` those of :func:`objectives_synthetic.make`. With ``KILL_AT=n`` the process kills itself during update n.
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ import json
 import os
 import random
 import signal
+import socket
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
 from medvit.pretrain.objective import Losses
+from medvit.pretrain.processes import World
 from medvit.pretrain.schedule import Cosine
 from medvit.pretrain.trainer import Trainer
 
@@ -50,7 +54,6 @@ class Toy(nn.Module):
         self.encoder, self.noise = Encoder(), noise
         self.teacher = copy.deepcopy(self.encoder).requires_grad_(False)
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
-        self.kill_at = int(os.environ.get("TOY_KILL", "-1"))
 
     def forward(self, batch, progress):
         x = batch["image"]
@@ -61,8 +64,6 @@ class Toy(nn.Module):
 
     def after_step(self, progress):
         self.updates += 1
-        if self.updates == self.kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
         with torch.no_grad():
             for slow, fast in zip(self.teacher.parameters(), self.encoder.parameters(), strict=True):
                 slow.lerp_(fast, 0.05)
@@ -97,7 +98,92 @@ def make(output_dir, *, noise: float = 0.1, device: str = "cpu", **settings) -> 
     return Trainer(Toy(noise), Noisy(noise=noise), output_dir=output_dir, **arguments)
 
 
+# --- runs in processes of their own
+
+
+def start(*runs, **environment) -> subprocess.Popen:
+    """Train in a process: folders and settings in turn."""
+    words = [json.dumps(word) if isinstance(word, dict) else str(word) for word in runs]
+    variables = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])} | environment
+    return subprocess.Popen([sys.executable, __file__, *words], env=variables, stderr=subprocess.PIPE)
+
+
+def train_killed(folder, settings, at: int) -> None:
+    """Train in a process that dies of SIGKILL during update ``at``."""
+    process = start(folder, settings, KILL_AT=str(at))
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, said.decode()[-3000:]
+
+
+def train_in_two(*runs) -> None:
+    """Train in two processes side by side, over gloo."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [start(*runs, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(2)]
+    try:
+        said = [process.communicate(timeout=600)[1].decode()[-3000:] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], said
+
+
+# --- what they leave
+
+
+def state(folder, step: int = 12) -> dict:
+    return torch.load(folder / f"checkpoints/step-{step:09d}.pt", weights_only=True)
+
+
+def lines(folder) -> list[dict]:
+    found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("images_per_second", "memory_mb")} for line in found]
+
+
+def assert_same(one, other, tolerance: float = 0.0) -> None:
+    """Equal nested dictionaries and lists, floating point tensors up to a tolerance."""
+    a, b = flat(one), flat(other)
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            torch.testing.assert_close(
+                b[key], value, rtol=tolerance, atol=tolerance, msg=lambda m, key=key: f"{key}: {m}"
+            )
+        else:
+            assert value == b[key], key
+
+
+def flat(value, name: str = "") -> dict:
+    if isinstance(value, dict):
+        return {k: v for key, part in value.items() for k, v in flat(part, f"{name}/{key}").items()}
+    if isinstance(value, list):
+        return {k: v for i, part in enumerate(value) for k, v in flat(part, f"{name}/{i}").items()}
+    return {name: value}
+
+
+def _kill_itself(objective: nn.Module, at: int) -> None:
+    done, after_step = 0, objective.after_step
+
+    def fatal(progress):
+        nonlocal done
+        done += 1
+        if done == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        after_step(progress)
+
+    objective.after_step = fatal
+
+
 if __name__ == "__main__":
+    import objectives_synthetic
+
     torch.set_num_threads(1)
-    for folder, settings in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
-        make(folder, **json.loads(settings)).run()
+    with World("cpu").open():  # one group of processes for all runs
+        for folder, words in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+            settings = json.loads(words)
+            trainer = (objectives_synthetic.make if "task" in settings else make)(folder, **settings)
+            if "KILL_AT" in os.environ:
+                _kill_itself(trainer.objective, int(os.environ["KILL_AT"]))
+            trainer.run()

@@ -100,14 +100,19 @@ def accumulating(shared: nn.Module, last: bool) -> Any:
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Whole parameters for calls of parts of a sharded module; every process must enter."""
-    if isinstance(module, FSDPModule):
-        module.unshard()
+    """Whole parameters throughout a sharded module, for calls of its parts; every process must enter."""
+    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.unshard()
+    for part in parts[1:]:  # the first is the whole, which keeps its parameters after a call anyway
+        part.set_reshard_after_forward(False, recurse=False)
     try:
         yield
     finally:
-        if isinstance(module, FSDPModule):
-            module.reshard()
+        for part in parts[1:]:
+            part.set_reshard_after_forward(True, recurse=False)
+        for part in parts:
+            part.reshard()
 
 
 def whole(state: Any) -> Any:

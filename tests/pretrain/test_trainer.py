@@ -1,23 +1,15 @@
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from training_synthetic import Noisy, Toy, make
+from training_synthetic import Noisy, Toy, assert_same, lines, make, state, train_in_two, train_killed
 
 from medvit.errors import OutputError
 from medvit.models.weights import file_sha256, read_state
 from medvit.pretrain.schedule import Cosine, progress_of
 from medvit.pretrain.trainer import NotFinite, Trainer
-
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "tests/training_synthetic.py"
 
 
 @pytest.fixture(autouse=True)
@@ -26,38 +18,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def script(*arguments, **environment):
-    variables = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-    return subprocess.Popen([sys.executable, SCRIPT, *map(str, arguments)], env=variables, stderr=subprocess.PIPE)
-
-
-def state(folder, step=12):
-    return torch.load(folder / f"checkpoints/step-{step:09d}.pt", weights_only=True)
-
-
-def flat(value, name=""):
-    if isinstance(value, dict):
-        return {k: v for key, part in value.items() for k, v in flat(part, f"{name}/{key}").items()}
-    if isinstance(value, list):
-        return {k: v for i, part in enumerate(value) for k, v in flat(part, f"{name}/{i}").items()}
-    return {name: value}
-
-
-def assert_same(one, other, tolerance=0.0):
-    a, b = flat(one), flat(other)
-    assert a.keys() == b.keys()
-    for key, value in a.items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            torch.testing.assert_close(b[key], value, rtol=tolerance, atol=tolerance, msg=key)
-        else:
-            assert value == b[key], key
-
-
-def lines(folder):
-    found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("images_per_second", "memory_mb")} for line in found]
 
 
 def test_a_step_is_adamw_on_the_gradient_of_the_batch(tmp_path):
@@ -87,10 +47,8 @@ def test_a_step_is_adamw_on_the_gradient_of_the_batch(tmp_path):
 
 
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
-    killed = script(tmp_path / "killed", "{}", TOY_KILL="7")
+    train_killed(tmp_path / "killed", {}, at=7)
     make(tmp_path / "whole").run()
-    killed.communicate(timeout=60)
-    assert killed.returncode == -9
     assert sorted(p.name for p in (tmp_path / "killed/checkpoints").iterdir()) == ["step-000000004.pt"]
     assert not (tmp_path / "killed/encoder.safetensors.part").exists()
     make(tmp_path / "killed").run()
@@ -106,16 +64,8 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
 def two_processes(tmp_path_factory):
     """The same run in two processes, by DDP and by FSDP2, and the latter stopped and resumed."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ddp, fsdp = {"noise": 0, "accumulate": 2}, {"noise": 0, "accumulate": 2, "parallel": "fsdp", "keep": 9}
-    runs = [folder / "ddp", json.dumps(ddp), folder / "fsdp", json.dumps(fsdp)]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [script(*runs, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(2)]
-    for process in processes:
-        _, said = process.communicate(timeout=120)
-        assert process.returncode == 0, said.decode()[-3000:]
+    whole = {"noise": 0, "accumulate": 2}
+    train_in_two(folder / "ddp", whole, folder / "fsdp", {**whole, "parallel": "fsdp", "keep": 9})
     return folder
 
 
