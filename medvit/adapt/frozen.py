@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from medvit.adapt.embeddings import Embeddings, extract
-from medvit.adapt.metrics import auroc
+from medvit.adapt.metrics import mean_auroc
 from medvit.adapt.probe import few_shot, fit_linear_probe, knn
 from medvit.models.heads import as_encoder
 from medvit.pretrain.scores import columns, write_table
@@ -125,15 +125,3 @@ class FrozenEvaluation:
 def groups_of(cases: Sequence[Mapping[str, Any]]) -> list[str] | None:
     """The ``group`` of each case, such as the patient; None where cases have none."""
     return [case["group"] for case in cases] if "group" in cases[0] else None
-
-
-def mean_auroc(labels: Tensor, probabilities: Tensor) -> float:
-    """AUROC of ``(N, C)`` probabilities: of two classes the second's, of more each against the others, averaged.
-
-    Labels are class numbers ``(N,)``, or ``(N, C)`` of yes and no, one AUROC for each.
-    """
-    if labels.dim() == 1 and probabilities.shape[1] == 2:
-        return auroc(labels.numpy(), probabilities[:, 1].numpy())
-    truth = labels if labels.dim() == 2 else torch.eye(probabilities.shape[1])[labels.long()]
-    each = [auroc(truth[:, i].numpy(), probabilities[:, i].numpy()) for i in range(probabilities.shape[1])]
-    return sum(each) / len(each)

@@ -52,6 +52,28 @@ def auroc(labels: ArrayLike, scores: ArrayLike) -> float:
     return float((rank_sum - positive * (positive + 1) / 2) / (positive * negative))
 
 
+def mean_auroc(labels: ArrayLike, scores: ArrayLike) -> float:
+    """AUROC of scores ``(N, C)``: of two classes the second's, of more each against the others, averaged.
+
+    Args:
+        labels: class numbers ``(N,)``; or ``(N, C)`` of 0 and 1, several labels, of which those that are the same in
+            all cases are left out of the mean.
+        scores: higher is likelier.
+
+    Raises:
+        Undefined: a class that no case has, or no label that tells cases apart.
+        ValueError: see :func:`check_binary`.
+    """
+    y, s = np.asarray(labels), np.asarray(scores)
+    if y.ndim == 2:
+        told = [(truth, score) for truth, score in zip(y.T, s.T, strict=True) if 0 < truth.sum() < len(truth)]
+        if not told:
+            raise Undefined(f"AUROC needs a label with positive and negative cases, none of {y.shape[1]} has both")
+    else:
+        told = [(y == number, score) for number, score in enumerate(s.T)][1 if s.shape[1] == 2 else 0 :]
+    return float(np.mean([auroc(truth, score) for truth, score in told]))
+
+
 def average_precision(labels: ArrayLike, scores: ArrayLike) -> float:
     """Precision summed over the steps of recall, equal scores being one step; no interpolation.
 

@@ -18,6 +18,7 @@ def listed_images(
     where: Mapping[str, Sequence[str]] | None = None,
     label: str | None = None,
     classes: Mapping[str, Any] | None = None,
+    separator: str | None = None,
     group: str | None = None,
 ) -> list[dict[str, Any]]:
     """Cases of one or several folders, in the tables' order.
@@ -31,6 +32,8 @@ def listed_images(
         label: column of the label; None: cases have none.
         classes: what its values become, e.g. ``{"bacteria": 0, "virus": 1}``; values not named are an error, leave them
             out by ``where``. None: numbers.
+        separator: of several labels in one value, such as ``"|"`` in ``"Edema|Effusion"``; what ``classes`` names then
+            are places in a row of 0 and 1, and None for what stands for no label, such as ``{"No Finding": None}``.
         group: column of what several cases may have in common, such as the patient; None: cases have none.
 
     Returns:
@@ -46,7 +49,7 @@ def listed_images(
         for row in _rows(folder / "cases.csv", needed):
             if row["split"] in splits and all(row[column] in values for column, values in (where or {}).items()):
                 case: dict[str, Any] = {"image": str(folder / row["image"]), "case": row["case_id"]}
-                case |= {"label": _label(row[label], classes, folder, label)} if label else {}
+                case |= {"label": _label(row[label], classes, separator, f"{folder}: {label}")} if label else {}
                 cases.append(case | ({"group": row[group]} if group else {}))
     if not cases:
         raise NothingFound(
@@ -77,9 +80,13 @@ def _rows(table: Path, needed: set[str]) -> list[dict[str, str]]:
     return rows
 
 
-def _label(value: str, classes: Mapping[str, Any] | None, folder: Path, column: str) -> Any:
+def _label(value: str, classes: Mapping[str, Any] | None, separator: str | None, column: str) -> Any:
     if classes is None:
         return float(value)
-    if value not in classes:
-        raise ValueError(f"{folder}: {column} {value!r} is none of {sorted(classes)}; leave it out by `where`")
-    return classes[value]
+    names = [value] if separator is None else value.split(separator)
+    if unknown := [name for name in names if name not in classes]:
+        raise ValueError(f"{column} {unknown[0]!r} is none of {sorted(classes)}; leave it out by `where`")
+    if separator is None:
+        return classes[value]
+    places = {classes[name] for name in names}
+    return [float(place in places) for place in sorted(number for number in classes.values() if number is not None)]

@@ -6,7 +6,7 @@ from torch import nn
 from training_synthetic import Encoder
 
 from medvit.adapt.embeddings import Embeddings
-from medvit.adapt.frozen import FrozenEvaluation, mean_auroc
+from medvit.adapt.frozen import FrozenEvaluation
 from medvit.adapt.metrics import auroc
 from medvit.adapt.probe import fit_linear_probe, knn
 
@@ -83,15 +83,6 @@ def test_several_classes_and_several_labels(tmp_path):
     several = evaluation(tmp_path / "two", lambda i: torch.stack([i // 2 % 2, i // 4 % 2], 1)).run()
     assert several["embed_linear"] > 0.65 and "embed_few_shot" not in several
     assert list(rows(tmp_path / "two/embed/knn.csv")[0])[2:] == ["label_0", "label_1", "score_0", "score_1"]
-
-
-def test_auroc_of_classes_is_averaged():
-    generator = torch.Generator().manual_seed(0)
-    labels, scores = torch.arange(30) % 3, torch.rand(30, 3, generator=generator)
-    each = [auroc((labels == i).numpy(), scores[:, i].numpy()) for i in range(3)]
-    assert mean_auroc(labels, scores) == pytest.approx(sum(each) / 3)
-    yes = torch.stack([labels == 0, labels > 0], 1).long()
-    assert mean_auroc(yes, scores[:, :2]) == pytest.approx((each[0] + auroc(labels > 0, scores[:, 1])) / 2)
 
 
 def test_features_must_be_known(tmp_path):

@@ -12,6 +12,7 @@ from medvit.adapt.metrics import (
     average_precision,
     brier,
     calibration_error,
+    mean_auroc,
     reliability,
     sensitivity,
     specificity,
@@ -164,3 +165,14 @@ def test_what_is_refused(call, message):
     with pytest.raises(ValueError, match=message) as caught:
         call()
     assert not isinstance(caught.value, Undefined)
+
+
+def test_auroc_of_classes_and_of_labels_is_averaged():
+    labels, scores = np.arange(30) % 3, np.random.default_rng(0).random((30, 3))
+    each = [auroc(labels == i, scores[:, i]) for i in range(3)]
+    assert mean_auroc(labels, scores) == pytest.approx(sum(each) / 3)
+    assert mean_auroc(labels > 0, scores[:, :2]) == pytest.approx(auroc(labels > 0, scores[:, 1]))
+    yes = np.stack([labels == 0, labels > 0, labels > 5], 1)  # the last tells nothing
+    assert mean_auroc(yes, scores) == pytest.approx((each[0] + auroc(labels > 0, scores[:, 1])) / 2)
+    with pytest.raises(Undefined, match="none of 3 has both"):
+        mean_auroc(np.zeros((30, 3)), scores)

@@ -34,6 +34,14 @@ def test_labels(folder):
     )
     assert [(case["case"], case["label"]) for case in cases] == [("a", 1), ("c", 0)]
     assert [case["label"] for case in listed_images(folder, ["one"], label="age")] == [5.0, 7.5]
+    several = {"virus": 1, "bacteria": 0, "normal": None, "other": 2}
+    rows = listed_images(folder, ["one"], splits=["train", "val"], label="kind", classes=several, separator="|")
+    assert [case["label"] for case in rows] == [[0, 1, 0], [0, 0, 0], [1, 0, 0]]
+    table = folder / "two/cases.csv"
+    table.write_text(table.read_text(encoding="utf-8").replace("virus,5", "virus|bacteria,5"), encoding="utf-8")
+    assert listed_images(folder, ["two"], label="kind", classes=several, separator="|")[0]["label"] == [1, 1, 0]
+    with pytest.raises(ValueError, match=r"kind 'bacteria' is none of \['normal', 'virus'\]"):
+        listed_images(folder, ["two"], label="kind", classes={"virus": 0, "normal": None}, separator="|")
     grouped = listed_images(folder, ["one"], group="kind")
     assert [case["group"] for case in grouped] == ["virus", "normal"]
 
