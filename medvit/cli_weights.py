@@ -89,7 +89,15 @@ def inspect(
 def convert(
     file: File,
     model: Annotated[str, typer.Option("--model", "-m", help="The network, a name for `medvit.create_model`.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The safetensors file to write.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The safetensors file, or folder of a bundle, to write.")
+    ],
+    bundle: Annotated[
+        str | None,
+        typer.Option(
+            help="Write a bundle: the preprocessing of this one, by folder or name, with the weights of FILE."
+        ),
+    ] = None,
     config: Annotated[str | None, typer.Option(help="The network's arguments: JSON, or a file of it.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="One argument as name=value (JSON or text); repeat for several.")
@@ -119,11 +127,15 @@ def convert(
     Arguments that shapes tell need not be given. The account says what became of each key; with a key missing, left
     over or of another shape nothing is written, unless an option allows it.
 
+    With `--bundle` OUTPUT is the folder of a new bundle, for `medvit predict`.
+
     Example: `medvit weights convert pretrained.pt -m swin_unetr -o swin.safetensors --set downsample=merging_legacy`
     """
     arguments = _config(config) | dict(_setting(text) for text in settings or ())
-    _check_usage(model, output, drop or ())
+    _check_usage(model, output, drop or (), bundle, overwrite)
     with errors(), quiet():
+        from medvit.adopt import adopt
+        from medvit.bundle import find_bundle
         from medvit.models.checkpoints import read_checkpoint
         from medvit.models.convert import convert as convert_checkpoint
         from medvit.models.reshape import Reshape
@@ -145,15 +157,20 @@ def convert(
         )
         _show(conversion)
         conversion.check()
-        with atomic(output, overwrite=overwrite) as part:
-            conversion.save(part)
+        if bundle is not None:
+            adopt(find_bundle(bundle), conversion, output)
+        else:
+            with atomic(output, overwrite=overwrite) as part:
+                conversion.save(part)
         say(f"{len(conversion.tensors)} tensors written to {output}")
 
 
-def _check_usage(model: str, output: Path, drop: Sequence[str]) -> None:
+def _check_usage(model: str, output: Path, drop: Sequence[str], bundle: str | None, overwrite: bool) -> None:
     if model not in list_models():
         raise typer.BadParameter(f"no model named {model!r}; there are {', '.join(list_models())}")
-    if output.suffix != ".safetensors":
+    if bundle is not None and overwrite:
+        raise typer.BadParameter("--overwrite is for files; a bundle never replaces a folder")
+    if bundle is None and output.suffix != ".safetensors":
         raise typer.BadParameter(f"--output must end in .safetensors, got {output}")
     for pattern in drop:
         try:

@@ -18,9 +18,10 @@ BUNDLE = {"inference", "pretrain", "adapt", *INFERENCE, *ENCODERS}
 # room: the rooms it may import. A new room must be entered here.
 ALLOWED = {
     "dims": set(), "errors": set(), "registry": set(),
-    "kernels": BASE, "layers": LAYERS, "models": MODELS, "pretrain": ENCODERS, "adapt": ENCODERS,
+    "kernels": BASE, "layers": LAYERS, "models": MODELS, "pretrain": ENCODERS, "adapt": {"pretrain", *ENCODERS},
     "data": {"dims", "errors"}, "transforms": PATIENT, "writers": PATIENT, "inference": INFERENCE,
-    "bundle": BUNDLE, "terminal": {"errors"}, "cli_weights": {"terminal", *BUNDLE},
+    "bundle": BUNDLE, "terminal": {"errors"}, "adopt": {"bundle", *BUNDLE},
+    "cli_weights": {"adopt", "bundle", "terminal", *BUNDLE},
     "cli_evaluate": {"terminal", *BUNDLE},
     "cli": {"bundle", "cli_evaluate", "cli_weights", "terminal", *BUNDLE}, "__init__": {"registry", "errors"},
 }  # fmt: skip
