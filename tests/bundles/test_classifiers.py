@@ -2,10 +2,7 @@
 
 import csv
 import json
-import os
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -13,8 +10,17 @@ import numpy as np
 import pytest
 import torch
 from bundle_synthetic import BUNDLES, edit_json
-from data_synthetic import make_affine, phantom, slice_dataset, write_dicom_series, write_nifti
-from PIL import Image
+from data_synthetic import make_affine, phantom, write_dicom_series, write_nifti
+from radiographs_synthetic import (
+    MONAI_RUN,
+    command,
+    rows_of,
+    shadows,
+    tree,
+    write_png,
+    write_radiograph,
+    write_x_rays,
+)
 
 from medvit.adapt.embeddings import Embeddings
 from medvit.adapt.metrics import auroc
@@ -24,51 +30,14 @@ from medvit.errors import BundleError, NothingFound
 from medvit.pretrain.images import CachedImages
 
 ROOT = BUNDLES / "cxr_mae"
-RECIPES = {"finetune": "finetune/cxr_viral", "pretrain": "pretrain/mae_cxr"}
 REAL = BUNDLES.parents[1] / "shared/data"
-DX = "1.2.840.10008.5.1.4.1.1.1.1"
 
 # MONAI advertises an optional package whenever LoadImaged is made
 pytestmark = pytest.mark.filterwarnings("ignore:NvImgCodecPydicomReader")
 
 
-def shadows(width=300, height=220, seed=0):
-    """Smooth random uint8 pixels ``(row, column)`` that use the whole range."""
-    coarse = np.random.default_rng(seed).random((9, 12))
-    pixels = np.asarray(Image.fromarray(coarse.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC))
-    return np.round(255 * (pixels - pixels.min()) / np.ptp(pixels)).astype(np.uint8)
-
-
-def write_png(path, pixels):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-    return path
-
-
-def write_radiograph(path, pixels, number=1, **tags):
-    """A DX file of ``(row, column)`` uint8 pixels that names a patient."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ds = slice_dataset(np.ascontiguousarray(pixels.T))
-    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = DX
-    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = f"1.2.3.{number}"
-    ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.SeriesNumber = "1.2.4", "1.2.5", 3
-    ds.PatientName, ds.Modality, ds.SeriesDescription = "Zyxwvut^Qponmlk", "DX", "chest"
-    for keyword in ("ImagePositionPatient", "ImageOrientationPatient"):
-        if keyword in ds:
-            delattr(ds, keyword)
-    for keyword, value in tags.items():
-        setattr(ds, keyword, value)
-    ds.save_as(path, enforce_file_format=True)
-    return path
-
-
 def table(folder):
-    with (folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
-        return {row["case"]: row for row in csv.DictReader(file)}
-
-
-def tree(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return rows_of(folder / "predictions.csv")
 
 
 @pytest.fixture(scope="module")
@@ -139,13 +108,7 @@ def test_monais_door_gives_the_same_bytes(run, tmp_path):
     base, _ = run
     shutil.copytree(base / "in/dicom", tmp_path / "in")
     options = {"dataset_dir": tmp_path / "in", "output_dir": tmp_path / "monai", "device_name": "cpu"}
-    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    command = ["-m", "monai.bundle", "run", "--bundle_root", str(ROOT)]
-    command += ["--config_file", str(ROOT / "configs/inference.json"), *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
-    done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    said = done.stdout + done.stderr
+    said = command(tmp_path, *MONAI_RUN, bundle_root=ROOT, config_file=ROOT / "configs/inference.json", **options)
     assert " - medvit - INFO - case 3 of 3, 3_chest_3: ok" in said and "zyxwvut" not in said.lower()
     options["output_dir"] = tmp_path / "ours"
     Bundle(ROOT).runner(**options).run()
@@ -187,17 +150,6 @@ def test_an_image_keeps_its_rows_and_is_squeezed(tmp_path):
     for rows in inner:
         for columns in inner:
             torch.testing.assert_close(seen.as_tensor()[rows, columns], expected[rows, columns], atol=0.3, rtol=0)
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipes_are_those_of_the_project(name):
-    ours = json.loads((ROOT / f"configs/{name}.json").read_text(encoding="utf-8"))
-    theirs = json.loads((BUNDLES.parent / f"configs/{RECIPES[name]}.json").read_text(encoding="utf-8"))
-    own = {"bundle_root", "square", "output_dir", "encoder", "_about", "preprocessing"}
-    assert {k: v for k, v in ours.items() if k not in own} == {k: v for k, v in theirs.items() if k not in own}
-    # images that are no squares are squeezed here, so that others are treated as those that were published
-    steps = [step for step in ours["preprocessing"]["transforms"] if step.get("spatial_size") != "@square"]
-    assert steps == theirs["preprocessing"]["transforms"]
 
 
 def test_the_network_is_the_one_that_the_recipe_trains():
@@ -273,41 +225,19 @@ def test_the_metadata_tell_the_measured_auroc(labelled, tmp_path):
 # ---- training, on a few small images
 
 
-def write_x_rays(folder, train=8, val=4):
-    """Labelled X-rays of several sizes with their ``cases.csv``."""
-    rows = []
-    for n in range(train + val):
-        write_png(folder / f"images/child{n}.png", shadows(120 + 10 * n, 130, seed=n))
-        split, subtype = "train" if n < train else "val", ("bacteria", "virus")[n % 2]
-        rows.append({"case_id": f"child{n}", "image": f"images/child{n}.png", "split": split, "subtype": subtype})
-    with (folder / "cases.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    return folder
-
-
 @pytest.mark.slow
 def test_from_images_to_a_bundle_with_the_commands_of_the_card(tmp_path):
     write_x_rays(tmp_path / "data/tiny")
     bundle = shutil.copytree(ROOT, tmp_path / "cxr_mae")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
-
-    def command(*words, **options):
-        options = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-        whole = [sys.executable, *map(str, words), *options]
-        done = subprocess.run(whole, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
     common = {"bundle_root": bundle, "dataset_dir": tmp_path / "data", "sets": "['tiny']", "epochs": 1, "batch_size": 4}
-    recipe = ("-m", "monai.bundle", "run")
+    recipe = (tmp_path, *MONAI_RUN)
     command(
         *recipe, **common, config_file=bundle / "configs/pretrain.json", output_dir="pre", **{"trainer#watchers": "[]"}
     )
     encoder = tmp_path / "pre/encoder.safetensors"
     command(*recipe, **common, config_file=bundle / "configs/finetune.json", output_dir="fine", encoder=encoder)
     before = Bundle(bundle).metadata["medvit"]["weights_sha256"]
-    command(BUNDLES.parent / "scripts/freeze_weights.py", bundle, "fine/network.safetensors", "--half")
+    command(tmp_path, BUNDLES.parent / "scripts/freeze_weights.py", bundle, "fine/network.safetensors", "--half")
     assert Bundle(bundle).metadata["medvit"]["weights_sha256"] != before
     assert {name: wrong for name, wrong in Bundle(bundle).verify() if wrong} == {}
     Bundle(bundle).runner(dataset_dir=tmp_path / "data/tiny/images", output_dir=tmp_path / "out").run()

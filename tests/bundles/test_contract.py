@@ -28,7 +28,7 @@ ROOTS = sorted(path.parent.parent for path in BUNDLES.glob("*/configs/metadata.j
 SCHEMA = Path(__file__).with_name("meta_schema_20240725.json")
 ORIENTATIONS = ("axial", "sagittal", "coronal", "oblique")
 # Top-level keys that MONAI or a user reads and no other key has to mention.
-ENTRANCES = {"imports", "bundle_root", "initialize", "run", "finalize", "evaluator", "displayable_configs"}
+ENTRANCES = {"imports", "bundle_root", "initialize", "run", "probe", "finalize", "evaluator", "displayable_configs"}
 
 pytestmark = [
     pytest.mark.parametrize("root", ROOTS, ids=lambda root: root.name, scope="module"),
@@ -74,12 +74,12 @@ def cohort(root, folder):
 
 def quick(root):
     """Settings of a bundle for photographs that keep these small."""
-    return {"longest_side": 420} if takes_photographs(root) and not classifies(root) else {}
+    return {"longest_side": 420} if takes_photographs(root) and not gives_vectors(root) else {}
 
 
-def classifies(root):
-    """True for a bundle that says something of an image as a whole; see also test_classifiers.py."""
-    return Bundle(root).metadata["network_data_format"]["outputs"]["pred"]["type"] == "probabilities"
+def gives_vectors(root):
+    """True for a bundle that says something of an image as a whole; see test_classifiers.py, test_embedders.py."""
+    return Bundle(root).metadata["network_data_format"]["outputs"]["pred"]["type"] in ("probabilities", "tuples")
 
 
 def strings(config, path=()):
@@ -167,7 +167,7 @@ def test_every_reference_resolves_and_every_key_is_used(root):
 def test_configs_have_what_the_command_sets(root):
     keys = Bundle(root).parser().get()
     wanted = {"dataset_dir", "output_dir", "device_name", "existing", "formats", "batch_size", "amp", "checkpoint"}
-    assert wanted - set(keys) == ({"batch_size"} if classifies(root) else set())  # there are no windows
+    assert wanted - set(keys) == ({"batch_size"} if gives_vectors(root) else set())  # there are no windows
 
 
 # ---- objects
@@ -218,8 +218,10 @@ def test_monai_finds_the_properties_it_requires(root, tmp_path):
 
 
 def test_the_real_network_gives_the_same_bytes_twice(root, tmp_path):
-    if classifies(root):
-        path, mask = write_picture(tmp_path / "a.png", colours(420, 400)[..., 0]), "a_scores.json"
+    if gives_vectors(root):
+        first = Bundle(root).parser()["formats"][0]
+        mask = {"scores": "a_scores.json", "embedding": "a_embedding.npy"}[first]
+        path = write_picture(tmp_path / "a.png", colours(420, 400)[..., 0])
     elif takes_photographs(root):
         path, mask = write_picture(tmp_path / "a.jpg", colours(420, 400), 6), "a_seg.png"
     else:
