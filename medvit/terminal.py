@@ -14,6 +14,8 @@ import typer
 from medvit.errors import MedvitError
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from rich.console import Console
 
 
@@ -93,3 +95,26 @@ def say(text: str) -> None:
 def emit(record: dict[str, Any]) -> None:
     """One JSON line on standard output."""
     typer.echo(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace"))
+
+
+def end_with_cause() -> None:
+    """From now on an uncaught exception ends the output with its first cause, whatever was raised on top of that.
+
+    For recipes, as a step of ``initialize``: MONAI says of every failure that a component could not be made. What a
+    user can mend is said alone, without a traceback.
+    """
+    shown = sys.excepthook
+
+    def ended(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        chain = [error]
+        while (below := chain[-1].__cause__) is not None:
+            chain.append(below)
+        mendable = next((cause for cause in chain if isinstance(cause, MedvitError)), None)
+        if mendable is not None:
+            say(f"medvit: {mendable}")
+            return
+        shown(kind, error, trace)
+        if len(chain) > 1:
+            say(f"medvit: the cause was {type(chain[-1]).__name__}: {chain[-1]}")
+
+    sys.excepthook = ended

@@ -8,7 +8,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from math import exp, log, prod
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from medvit.dims import ntuple
 from medvit.layers.masking import patchify
+from medvit.models.uni4eye import gradient_map
 
 Box = tuple[slice, ...]
 FILLS = ("noise", "image")
@@ -211,6 +212,36 @@ class SemanticMask:
         gumbel = -torch.empty(shape, dtype=torch.float64).exponential_().log()
         powers = self.strength * progress * wide.clamp_min(torch.finfo(torch.float64).tiny).log()
         return _largest(powers + gumbel, hidden)
+
+
+class Weighted:
+    """Batches with a map of what matters beside each image, for :class:`SemanticMask`: ``augment`` of a trainer.
+
+    Args:
+        augment: makes the batches; None: they come as they are.
+        weigh: images ``(B, C, *spatial)`` to weights ``(B, 1, *spatial)``; None: the length of their Sobel gradient,
+            so that patches with detail matter.
+        keys: images that get one, under ``KEY_weights``; those that a batch lacks are left out.
+    """
+
+    def __init__(
+        self,
+        augment: Callable[[dict[str, Tensor]], Mapping[str, Tensor]] | None = None,
+        *,
+        weigh: Callable[[Tensor], Tensor] | None = None,
+        keys: Sequence[str] = ("image", "image2d", "image3d"),
+    ):
+        self.augment, self.weigh, self.keys = augment, weigh or detail, tuple(keys)
+
+    def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch and its maps."""
+        made = dict(batch if self.augment is None else self.augment(batch))
+        return made | {f"{key}_weights": self.weigh(made[key]) for key in self.keys if key in made}
+
+
+def detail(x: Tensor) -> Tensor:
+    """Length of the Sobel gradient of ``(B, C, *spatial)``, mean over channels, ``(B, 1, *spatial)``."""
+    return gradient_map(x).mean(1, keepdim=True)
 
 
 def ranking(
