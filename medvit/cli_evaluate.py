@@ -17,7 +17,10 @@ METRICS = ("auroc", "average_precision", "accuracy", "sensitivity", "specificity
 
 
 def evaluate(
-    predictions: Annotated[Path, typer.Argument(metavar="TABLE", help="CSV with one row per case.")],
+    predictions: Annotated[
+        Path,
+        typer.Argument(metavar="TABLE", help="CSV with one row per case; or, with --truth, a folder of label maps."),
+    ],
     against: Annotated[Path | None, typer.Option(help="A second table of the same cases: another run.")] = None,
     metrics: Annotated[
         list[str] | None,
@@ -30,6 +33,10 @@ def evaluate(
     ] = False,
     resamples: Annotated[int, typer.Option(min=100, help="Bootstrap draws.")] = 10_000,
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap draws.")] = 0,
+    truth: Annotated[Path | None, typer.Option(help="Folder of reference label maps, to make TABLE from.")] = None,
+    structures: Annotated[str, typer.Option(help="With --truth: names of the labels 1, 2, ..., by commas.")] = "",
+    tolerance: Annotated[float, typer.Option(min=0, help="With --truth: of surface Dice, mm.")] = 1.0,
+    write: Annotated[Path | None, typer.Option(help="With --truth: the CSV file to write.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines on standard output instead of tables.")] = False,
 ) -> None:
     """Print metrics of TABLE, each with its number of cases and 95 % interval; with --against the paired difference.
@@ -42,7 +49,19 @@ def evaluate(
     DeLong's for AUROC, Wilcoxon's for columns, the bootstrap's for others, and adjusted by Holm for all rows.
 
     Example: `medvit evaluate mae.csv --against scratch.csv --metric auroc`
+
+    With --truth, TABLE is a folder of label maps, which are compared with those of the same file names (the `_seg` that
+    medvit predict puts behind is left off), case by case, on grids that must agree: Dice, `surface_dice_NAME` and
+    `hd95_NAME` (mm) of each structure go to the file --write. A structure that neither image holds leaves empty cells;
+    one that a single image holds has Dice 0 and a distance of `inf`. Neither has a mean: leave such cases out of all
+    tables, or fill the cells with what they shall cost.
+
+    Example: `medvit evaluate OUT --truth LABELS --structures anterior,posterior --write run.csv -m hd95_anterior`
     """
+    if truth is not None:
+        predictions = _compared(predictions, truth, structures, tolerance, write)
+        if not metrics:
+            return
     with errors(), quiet():
         from medvit.adapt.evaluation import Settings, compare
         from medvit.adapt.evaluation import calibration as bins_of
@@ -67,6 +86,24 @@ def evaluate(
         ("target", "predicted from", "to", "n", "mean", "observed"),
         [(t or "-", _number(b.low), _number(b.high), b.n, _number(b.predicted), _number(b.observed)) for t, b in bins],
     )
+
+
+def _compared(found: Path, truth: Path, structures: str, tolerance: float, table: Path | None) -> Path:
+    names = [name.strip() for name in structures.split(",") if name.strip()]
+    if table is None or not names:
+        raise typer.BadParameter("--truth needs --structures, the names of the labels, and --write, a CSV file")
+    with errors(), quiet():
+        from medvit.inference.label_maps import paired, read_pair
+        from medvit.pretrain.agreement import agreement, columns_of
+        from medvit.pretrain.scores import write_table
+
+        rows, cases = [], paired(found, truth)
+        for files in cases.values():
+            ours, theirs, spacing = read_pair(*files)
+            rows.append([agreement(ours == i, theirs == i, spacing, tolerance) for i in range(1, len(names) + 1)])
+        write_table(table, [{"case": case} for case in cases], columns_of(names, rows))
+    say(f"{len(cases)} cases: {table}")
+    return table
 
 
 def _read(path: Path, split: str | None) -> Table:

@@ -2,8 +2,10 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import typer
+from data_synthetic import make_affine, write_nifti
 from typer.testing import CliRunner
 
 from medvit.adapt.evaluation import METRICS, Settings, calibration, compare, evaluate
@@ -96,6 +98,71 @@ def test_calibration_comes_after(run):
 
 def test_a_metric_named_twice_is_printed_once(run):
     assert len(cells(medvit(run, "-m", "auroc", "-m", "auroc"))) == 2
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """References of four cases, and what two runs made of them: one is right, one is off by a slice of 2.5 mm."""
+    for case in range(4):
+        label = np.zeros((12, 12, 12), dtype=np.uint8)
+        label[3 : 5 + case, 3:8, 2:8] = 1
+        label[9:, 9:, 9:] = 2
+        for folder, values in (("truth", label), ("right", label), ("off", np.roll(label, 1, 2))):
+            suffix = "" if folder == "truth" else "_seg"
+            write_nifti(tmp_path / folder / f"c{case}{suffix}.nii.gz", values, make_affine())
+    return tmp_path
+
+
+def test_folders_of_label_maps_become_a_table_of_cases(folders):
+    maps = ("--truth", folders / "truth", "--structures", "one, two")
+    found = {}
+    for run in ("right", "off"):
+        result = medvit(folders / run, *maps, "--write", folders / f"{run}.csv", "--tolerance", 1)
+        assert f"4 cases: {folders / run}.csv" in said(result) and not result.stdout
+        found[run] = read_table(folders / f"{run}.csv")
+    assert list(found["off"].columns) == [
+        "case", "one", "two", "surface_dice_one", "surface_dice_two", "hd95_one", "hd95_two"
+    ]  # fmt: skip
+    assert found["off"].cases == [f"c{i}" for i in range(4)]
+    assert found["off"].numbers("one") == pytest.approx(5 / 6) and found["right"].numbers("one") == pytest.approx(1)
+    assert found["off"].numbers("hd95_one") == pytest.approx(2.5) and not found["right"].numbers("hd95_one").any()
+    assert (found["off"].numbers("surface_dice_one") < 1).all()
+    medvit(folders / "off", *maps, "--write", folders / "off.csv", "--tolerance", 2.5)
+    assert (read_table(folders / "off.csv").numbers("surface_dice_one") == 1).all()
+    compared = medvit(
+        folders / "right",
+        *maps,
+        "--write",
+        folders / "right.csv",
+        "--against",
+        folders / "off.csv",
+        "-m",
+        "hd95_one",
+        *FAST,
+    )
+    row = dict(zip(*cells(compared), strict=True))
+    assert (row["value"], row["against"], row["difference"]) == ("0.0000", "2.5000", "-2.5000")
+
+
+def test_what_no_image_holds_is_empty_and_what_one_misses_infinitely_far(folders):
+    for file in ("truth/c0.nii.gz", "right/c0_seg.nii.gz", "right/c1_seg.nii.gz"):
+        write_nifti(folders / file, np.zeros((12, 12, 12), dtype=np.uint8), make_affine())
+    table = folders / "t.csv"
+    maps = ("--truth", folders / "truth", "--structures", "one", "--write", table)
+    medvit(folders / "right", *maps)
+    assert table.read_text().splitlines()[:3] == ["case,one,surface_dice_one,hd95_one", "c0,,,", "c1,0,0,inf"]
+    assert "line 2: one of case c0 must be a finite number, got ''" in said(medvit(table, "-m", "one", code=1))
+    table.write_text(table.read_text().replace("c0,,,\n", ""))
+    assert cells(medvit(table, "-m", "one", *FAST))[1][2:5] == ["3", "-", "0.6667"]
+    assert "hd95_one of case c1 must be a finite number, got 'inf'" in said(medvit(table, "-m", "hd95_one", code=1))
+
+
+def test_folders_need_names_and_a_file_to_write(folders):
+    for options in (("--structures", "one"), ("--write", folders / "t.csv"), ("--structures", ",", "--write", "t.csv")):
+        result = medvit(folders / "right", "--truth", folders / "truth", *options, code=2)
+        assert "--truth needs --structures, the names of the labels, and --write, a CSV file" in said(result)
+    maps = ("--truth", folders / "nothing", "--structures", "one", "--write", folders / "t.csv")
+    assert "nothing: holds no label maps" in said(medvit(folders / "right", *maps, code=1))
 
 
 def test_seeds_decide_the_draws(run):

@@ -71,6 +71,18 @@ def _surface(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return mask & ~inner
 
 
+def columns_of(structures: Sequence[str], scores: Sequence[Sequence[Agreement]]) -> dict[str, Tensor]:
+    """Columns of a table of cases: Dice under a structure's own name, then ``surface_dice_NAME`` and ``hd95_NAME``.
+
+    Args:
+        structures: S names.
+        scores: of each case, of each structure.
+    """
+    values = torch.tensor(scores, dtype=torch.float64).reshape(-1, len(structures), 3)
+    kinds = zip(("", "surface_dice_", "hd95_"), values.unbind(2), strict=True)
+    return {f"{prefix}{name}": of_kind[:, i] for prefix, of_kind in kinds for i, name in enumerate(structures)}
+
+
 def dice(found: Tensor, truth: Tensor) -> float:
     """Dice of two boolean masks, ``2 |A and B| / (|A| + |B|)``; NaN if both are empty."""
     total = int(found.sum()) + int(truth.sum())

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from medvit.pretrain.agreement import agreement, dice, spacing_of
+from medvit.pretrain.agreement import Agreement, agreement, columns_of, dice, spacing_of
 from medvit.pretrain.health import Metric, View, evaluation, images_of
 
 
@@ -100,17 +100,15 @@ class Segmentations:
                 found = network(image[None].to(device)).argmax(1)[0].cpu()
                 masks = [(found == i, label[0] == i) for i in range(1, len(self.structures) + 1)]
                 rows.append([self._scores(item["label"], *pair) for pair in masks])
-        scores = torch.tensor(rows, dtype=torch.float64)  # cases, structures, scores
         if self.table is not None:
-            prefixes = ("", "surface_dice_", "hd95_")
-            names = [prefix + name for prefix in prefixes for name in self.structures]
-            write_table(self.table, self.data.data, dict(zip(names, scores.transpose(1, 2).flatten(1).T, strict=True)))
-        means = {f"val_dice_{name}": float(scores[:, i, 0].nanmean()) for i, name in enumerate(self.structures)}
+            write_table(self.table, self.data.data, columns_of(self.structures, rows))
+        scores = torch.tensor([[score.dice for score in row] for row in rows], dtype=torch.float64)
+        means = {f"val_dice_{name}": float(scores[:, i].nanmean()) for i, name in enumerate(self.structures)}
         return {**means, "val_dice": float(torch.tensor(list(means.values())).nanmean())}
 
-    def _scores(self, label: Tensor, found: Tensor, truth: Tensor) -> Sequence[float]:
+    def _scores(self, label: Tensor, found: Tensor, truth: Tensor) -> Agreement:
         if self.table is None:
-            return (dice(found, truth),)
+            return Agreement(dice(found, truth), math.nan, math.nan)
         return agreement(found, truth, spacing_of(label), self.tolerance)
 
 
