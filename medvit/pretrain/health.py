@@ -63,7 +63,7 @@ class FeatureHealth:
         val: like ``train``; needed by probes.
         probes: vectors, labels and other vectors to probabilities ``(M, classes)``, by name.
         metric: labels and scores to a number, e.g. AUROC; of two classes the scores are the probability of the second,
-            of more all probabilities.
+            of more, and of several labels, all probabilities.
         limit: images taken of each source, drawn once with ``seed``.
         batch_size: images embedded at a time.
         seed: see ``limit``.
@@ -136,7 +136,8 @@ class FeatureHealth:
         if not (vectors.isfinite().all() and queries.isfinite().all()):
             return math.nan
         scores = probe(vectors, labels, queries)
-        return float(self.metric(truth, scores[:, 1] if scores.dim() == 2 and scores.shape[1] == 2 else scores))
+        two_classes = truth.dim() == 1 and scores.shape[1:] == (2,)
+        return float(self.metric(truth, scores[:, 1] if two_classes else scores))
 
 
 def images_of(batch: Mapping[str, Tensor]) -> Tensor:

@@ -24,6 +24,7 @@ class Predictions:
         view: images of a batch to what the network takes.
         metrics: labels and scores to a number, by name; see :class:`FeatureHealth`.
         activation: logits to scores; None: softmax over the classes. Of two classes the second one's score is kept.
+            With several labels, ``(N, L)`` of 0 and 1, it is ``torch.sigmoid``.
         table: CSV file of case, label and scores, written at each call; None: none. Needs ``data.cases``, as
             :class:`~medvit.pretrain.images.CachedImages` has them.
         batch_size: images at a time.
@@ -58,8 +59,9 @@ class Predictions:
                 labels.append(batch["label"])
         joined = torch.cat(logits)
         scores = self.activation(joined) if self.activation else joined.softmax(1)
-        self.scores = scores[:, 1] if scores.dim() == 2 and scores.shape[1] == 2 else scores
         truth = torch.cat(labels)
+        two_classes = truth.dim() == 1 and scores.shape[1:] == (2,)
+        self.scores = scores[:, 1] if two_classes else scores
         if self.table is not None:
             write_table(self.table, self.data.cases, {**columns("label", truth), **columns("score", self.scores)})
         return {f"val_{name}": float(metric(truth, self.scores)) for name, metric in self.metrics.items()}

@@ -80,6 +80,7 @@ def test_weights_that_are_not_those_of_the_note(tmp_path):
     with pytest.raises(WeightsMismatch, match="expected sha256 0000"):
         load_encoder(Encoder(), path)
 
+
 def test_parametrised_weights_are_stored_as_they_are_computed(tmp_path):
     class Doubled(nn.Module):
         def forward(self, weight):

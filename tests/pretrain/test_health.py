@@ -116,3 +116,17 @@ def test_vectors_that_are_not_finite_give_no_number():
 def test_probes_need_something_to_be_scored_on():
     with pytest.raises(ValueError, match="probes need val"):
         FeatureHealth(Source(4), nn.Identity(), probes={"centre": nearest_centre}, metric=accuracy)
+
+
+def test_of_two_labels_the_metric_sees_both():
+    source, seen = Source(8), []
+    source.labels = torch.stack([source.labels, 1 - source.labels], 1)
+    check = FeatureHealth(
+        source,
+        nn.Identity(),
+        val=source,
+        probes={"constant": lambda x, y, queries: torch.full((len(queries), 2), 0.5)},
+        metric=lambda labels, scores: seen.append((labels, scores)) or 0.25,
+    )
+    assert check(Objective())["constant"] == 0.25
+    assert torch.equal(seen[0][0], source.labels) and seen[0][1].shape == (8, 2)

@@ -7,6 +7,11 @@ from monai.data import MetaTensor
 from torch import nn
 from torch.nn import functional as F
 
+from medvit.adapt.evaluation import Settings, evaluate
+from medvit.adapt.metrics import auroc
+from medvit.adapt.probe import fit_linear_probe
+from medvit.adapt.tables import read_table
+from medvit.pretrain.images import CachedImages, to_unit
 from medvit.pretrain.objective import Losses, Objective
 from medvit.pretrain.optimizer import adamw, parameter_groups, set_rates
 from medvit.pretrain.schedule import Constant
@@ -73,6 +78,34 @@ def test_predictions_are_scored_and_written(tmp_path, classes):
     assert list(table[0]) == ["case", "label", *(["score"] if classes == 2 else [f"score_{i}" for i in range(3)])]
     last = expected[6] if classes == 2 else expected[6, 0]
     assert float(table[6]["score" if classes == 2 else "score_0"]) == pytest.approx(float(last), rel=1e-5)
+
+
+def test_several_labels_from_cached_images_to_an_evaluated_table(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    cases = [{"image": i, "case": f"c{i}", "found": [float(i % 2), float(i % 3 == 0)]} for i in range(24)]
+    pixels = torch.rand(24, 1, 2, 2, generator=generator) / 2
+    pixels[:, 0, 0] += torch.tensor([case["found"] for case in cases]) / 2  # two bright pixels, one for each
+    data = CachedImages(cases, lambda case: {"image": pixels[case["image"]]}, labels="found")
+    objective = Supervised(Classifier(2), nn.BCEWithLogitsLoss())
+    optimizer = torch.optim.Adam(objective.parameters(), 0.05)
+    for _ in range(150):
+        batch = data.batch(range(24))
+        optimizer.zero_grad()
+        objective({**batch, "image": batch["image"] / 255}, 0.0).loss.backward()
+        optimizer.step()
+
+    def each(labels, scores):
+        return sum(auroc(labels[:, i].numpy(), scores[:, i].numpy()) for i in range(2)) / 2
+
+    path = tmp_path / "predictions.csv"
+    watcher = Predictions(data, to_unit, {"auroc": each}, activation=torch.sigmoid, table=path)
+    value = watcher(objective)["val_auroc"]
+    assert watcher.scores.shape == (24, 2) and value > 0.95
+    found = evaluate(read_table(path), ["auroc"], Settings(resamples=100))
+    assert [row["target"] for row in found] == ["0", "1", "macro"]
+    assert found[-1]["value"] == pytest.approx(value)
+    probe = fit_linear_probe(data.images.flatten(1).float(), data.labels, l2=0.01)
+    assert probe.multi_label and each(data.labels, probe.probabilities(data.images.flatten(1).float())) > 0.95
 
 
 class Cases(list):
