@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,6 @@ from medvit.adapt.metrics import mean_auroc
 from medvit.adapt.probe import few_shot, fit_linear_probe, knn
 from medvit.models.heads import as_encoder
 from medvit.pretrain.scores import columns, write_table
-
-logger = logging.getLogger("medvit")
 
 FEATURES = ("embed", "embed+patches")
 
@@ -69,7 +67,7 @@ class FrozenEvaluation:
         self.shots, self.draws, self.neighbours, self.seed = shots, draws, neighbours, seed
 
     def run(self) -> dict[str, float]:
-        """Embed, probe, write; the mean AUROC over classes of each, such as ``embed_linear``, which is logged too."""
+        """Embed, probe, write; the mean AUROC over classes of each, such as ``embed_linear``; printed too, and in ``probes.json``."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
         train, val = self._embedded(self.train, "train"), self._embedded(self.val, "val")
         found: dict[str, float] = {}
@@ -93,8 +91,9 @@ class FrozenEvaluation:
                     f"{name}_few_shot_low": few.low,
                     f"{name}_few_shot_high": few.high,
                 }
-        for probe, value in found.items():
-            logger.info("%s %.4f", probe, value)
+        text = json.dumps({name: round(value, 6) for name, value in found.items()}, indent=4) + "\n"
+        (self.output_dir / "probes.json").write_text(text, encoding="utf-8")
+        print(text, end="")
         return found
 
     def _embedded(self, source: Any, name: str) -> Embeddings:

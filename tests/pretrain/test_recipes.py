@@ -130,7 +130,7 @@ FACTS = {
         "layer_decay": 0.55,
         "weight_decay": 0.05,
         "drop_path": 0.2,
-        "randaugment": "rand-m6-mstd0.5-inc1",
+        "randaugment#policy": "rand-m6-mstd0.5-inc1",
         "views#scale": [0.08, 1.0],
         "trainer#learning_rate#final": 1e-5,
         "trainer#learning_rate#warmup": 5 / 75,
