@@ -16,7 +16,7 @@ from medvit.adapt.probe import few_shot, fit_linear_probe, knn
 from medvit.models.heads import as_encoder
 from medvit.pretrain.scores import columns, write_table
 
-FEATURES = ("embed", "embed+patches")
+FEATURES = ("embed", "embed+patches", "map")
 
 
 class FrozenEvaluation:
@@ -33,8 +33,9 @@ class FrozenEvaluation:
         val: likewise, what is judged on.
         view: images of a batch to what the encoder takes.
         output_dir: of the files; a folder per kind of features below it.
-        features: ``"embed"`` (the encoder's own summary) or ``"embed+patches"`` (that and the mean of the last map, as
-            DINOv2 is evaluated), or both.
+        features: ``"embed"`` (the encoder's own summary), ``"embed+patches"`` (that and the mean of the last map, as
+            DINOv2 is evaluated), ``"map"`` (the whole map, for what depends on where something is; of images of one
+            size), or several of them.
         shots: cases per class of the few-shot probes; of several labels there are none.
         draws: of the shots.
         neighbours: that vote.
@@ -67,7 +68,10 @@ class FrozenEvaluation:
         self.shots, self.draws, self.neighbours, self.seed = shots, draws, neighbours, seed
 
     def run(self) -> dict[str, float]:
-        """Embed, probe, write; the mean AUROC over classes of each, such as ``embed_linear``; printed too, and in ``probes.json``."""
+        """Embed, probe, write; the mean AUROC over classes of each, such as ``embed_linear``.
+
+        They are printed too, and written to ``probes.json``.
+        """
         self.output_dir.mkdir(parents=True, exist_ok=True)
         train, val = self._embedded(self.train, "train"), self._embedded(self.val, "val")
         found: dict[str, float] = {}
@@ -106,10 +110,9 @@ class FrozenEvaluation:
 
         def read(images: Tensor) -> dict[str, Tensor]:
             body: Any = encoder
-            made = {"embed": body.embed(images)}
-            if FEATURES[1] in self.features:
-                made[FEATURES[1]] = torch.cat([made["embed"], body(images)[-1].flatten(2).mean(2)], 1)
-            return made
+            embed, deepest = body.embed(images), body(images)[-1].flatten(2)
+            made = {"embed": embed, "embed+patches": torch.cat([embed, deepest.mean(2)], 1), "map": deepest.flatten(1)}
+            return {name: made[name] for name in self.features}
 
         made = extract(encoder, batches(), read)
         made.save(self.output_dir / f"{name}.safetensors")

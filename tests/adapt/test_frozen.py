@@ -66,13 +66,15 @@ def test_scores_are_those_of_the_probes_on_the_encoders_vectors(tmp_path):
 
 
 def test_patches_may_be_added_to_the_summary(tmp_path):
-    made = evaluation(tmp_path, lambda i: (i // 2) % 2, features=["embed", "embed+patches"])
+    made = evaluation(tmp_path, lambda i: (i // 2) % 2, features=["embed", "embed+patches", "map"])
     found = made.run()
-    assert {"embed_linear", "embed+patches_linear"} <= found.keys()
-    both = Embeddings.load(tmp_path / "train.safetensors").vectors["embed+patches"]
+    assert {"embed_linear", "embed+patches_linear", "map_linear"} <= found.keys()
+    kept = Embeddings.load(tmp_path / "train.safetensors").vectors
+    both = kept["embed+patches"]
     with torch.no_grad():
         (patches,) = made.network.encoder(made.train.images / 2)
     torch.testing.assert_close(both[:, 12:], patches.mean((2, 3)))
+    torch.testing.assert_close(kept["map"], patches.flatten(1))
     assert len(rows(tmp_path / "embed+patches/knn.csv")) == 24
 
 
@@ -86,5 +88,5 @@ def test_several_classes_and_several_labels(tmp_path):
 
 
 def test_features_must_be_known(tmp_path):
-    with pytest.raises(ValueError, match=r"features must be some of embed, embed\+patches, got \['cls'\]"):
+    with pytest.raises(ValueError, match=r"features must be some of embed, embed\+patches, map, got \['cls'\]"):
         evaluation(tmp_path, lambda i: i % 2, features=["cls"])
