@@ -4,7 +4,7 @@ import pytest
 
 from medvit.cli import Format
 from medvit.inference.formats import FORMATS, make_writers
-from medvit.inference.vectors import VECTOR_FORMATS
+from medvit.inference.vectors import EMBEDDING, PATCHES, SCORES
 
 
 def test_writers_come_in_the_order_given_each_once():
@@ -36,4 +36,4 @@ def test_unknown_formats_and_none_are_refused(formats):
 
 
 def test_the_command_line_offers_every_format():
-    assert tuple(member.value for member in Format) == (*FORMATS, *VECTOR_FORMATS)
+    assert tuple(member.value for member in Format) == (*FORMATS, SCORES, EMBEDDING, PATCHES)
