@@ -51,7 +51,15 @@ def write_x_rays(folder, train=8, val=4):
     for n in range(train + val):
         write_png(folder / f"images/child{n}.png", shadows(120 + 10 * n, 130, seed=n))
         split, subtype = "train" if n < train else "val", ("bacteria", "virus")[n % 2]
-        rows.append({"case_id": f"child{n}", "image": f"images/child{n}.png", "split": split, "subtype": subtype})
+        rows.append(
+            {
+                "case_id": f"child{n}",
+                "image": f"images/child{n}.png",
+                "split": split,
+                "subtype": subtype,
+                "patient_group": f"p{n}",
+            }
+        )
     with (folder / "cases.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
