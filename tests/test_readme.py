@@ -111,7 +111,7 @@ def test_a_broken_command_would_be_noticed(broken: str, tmp_path: Path) -> None:
 
 def complaints(command: str) -> list[str]:
     """What is wrong with a command that is not run: options that do not exist, files that are not there."""
-    words = shlex.split(command, comments=True)
+    words = shlex.split(re.sub(r"(^|\s)#.*", "", command))  # within a word # is no comment
     if not words:
         return []
     wrong = [word for word in words if word.startswith(("bundles/", "configs/", "scripts/", "./")) and not exists(word)]
@@ -137,16 +137,17 @@ def exists(path: str) -> bool:
 
 
 def unknown_keys(words: list[str]) -> list[str]:
-    """Overrides of ``monai.bundle run`` that no given config has, and configs that are not there."""
+    """What ``monai.bundle run`` is to run or to override, but no given config has, and configs that are not there."""
     if words[:1] != ["run"]:
         return words[:1]
-    options = dict(zip(words[1::2], words[2::2], strict=True))
+    named, rest = (words[1:2], words[2:]) if words[1:2] and not words[1].startswith("--") else ([], words[1:])
+    options = dict(zip(rest[::2], rest[1::2], strict=True))
     given = options.pop("--config_file").replace("$PWD/", "")
     files = ast.literal_eval(given) if given.startswith("[") else [given]
     if absent := [file for file in files if not exists(file)]:
         return absent
     keys = {key for file in files for key in json.loads((ROOT / file).read_text(encoding="utf-8"))}
-    return [option for option in options if option.removeprefix("--") not in keys]
+    return [word for word in [*named, *options] if word.removeprefix("--").partition("#")[0] not in keys]
 
 
 def commands(code: str) -> list[str]:
@@ -174,6 +175,11 @@ def test_commands_that_are_not_run_name_what_exists(where: str, code: str) -> No
         ("python -m monai.bundle rum", ["rum"]),
         (f"torchrun -m monai.bundle run --config_file \"['{TRAIN}']\" --seeed 1", ["--seeed"]),
         (f"python -m monai.bundle run --config_file {TRAIN} --seed 1", []),
+        ("python -m monai.bundle run probe --config_file configs/finetune/cxr_viral.json --views#contrast 0.0", []),
+        (
+            "python -m monai.bundle run prbe --config_file configs/finetune/cxr_viral.json --veiws#a 0",
+            ["prbe", "--veiws#a"],
+        ),
     ],
 )
 def test_a_wrong_command_would_be_noticed(command: str, wrong: list[str]) -> None:
