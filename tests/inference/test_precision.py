@@ -2,8 +2,15 @@ import pytest
 import torch
 from monai.inferers import SimpleInferer
 
+from medvit.inference import precision
 from medvit.inference.precision import Autocast
 from medvit.inference.sliding import SlidingWindow
+
+
+@pytest.fixture(autouse=True)
+def _cpu(monkeypatch):
+    """A CPU that computes in 16 bits fast, wherever the tests run."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
 
 
 class Spy(torch.nn.Conv3d):
@@ -62,3 +69,13 @@ def test_an_unknown_dtype_is_refused():
 def test_every_scale_of_deep_supervision_comes_in_float32():
     scales = Autocast(SimpleInferer())(torch.ones(1, 1, 4, 4), lambda x: [x.bfloat16(), x[..., ::2].bfloat16()])
     assert [(y.dtype, tuple(y.shape)) for y in scales] == [(torch.float32, (1, 1, 4, 4)), (torch.float32, (1, 1, 4, 2))]
+
+
+def test_a_cpu_that_is_slow_in_16_bits_computes_in_float32_and_says_so_once(monkeypatch, caplog):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    precision._slow.cache_clear()
+    network, image = _spy(), torch.randn(1, 1, 6, 7, 8)
+    for _ in range(2):
+        assert torch.equal(Autocast(SimpleInferer())(image, network), network(image))
+    assert network.seen == torch.float32
+    assert caplog.messages == ["this CPU (AVX2) is slow in 16 bits; float32 is used instead"]
