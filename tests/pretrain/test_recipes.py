@@ -13,6 +13,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from medvit.errors import MedvitError, NothingFound
@@ -218,6 +219,26 @@ def test_a_recipe_runs(path, dataset_dir, tmp_path):
     assert np.isfinite(result["loss"])
     written = "encoder" if path.parent.name == "pretrain" else "network"
     assert read_state(tmp_path / f"{written}.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_options_say_where_an_encoder_and_a_head_start(dataset_dir, tmp_path):
+    def parser(name, **overrides):
+        path = next(path for path in RECIPES if path.stem == name)
+        return parsed(path, dataset_dir=str(dataset_dir), output_dir=str(tmp_path), device="cpu", **overrides)
+
+    first = parser("mae_cxr", batch_size=2, epochs=0.1, **TINY["mae_cxr"])
+    first["trainer"]["watchers"] = []
+    first.get_parsed_content("trainer").run()
+    weights = tmp_path / "encoder.safetensors"
+    again = parser("mae_cxr", start=str(weights), **TINY["mae_cxr"]).get_parsed_content("objective")
+    encoder = read_state(weights)
+    assert encoder.keys() == again.model.encoder.state_dict().keys()
+    assert all(torch.equal(value, encoder[key]) for key, value in again.model.encoder.state_dict().items())
+    options = TINY["cxr_viral"] | {"encoder": str(weights)}
+    heads = [parser("cxr_viral", **options, head=how).get_parsed_content("objective") for how in ("fresh", "probe")]
+    fresh, probed = (objective.network.head.weight.norm() for objective in heads)
+    assert fresh < 1e-3 < probed
 
 
 @pytest.mark.filterwarnings("ignore")
