@@ -137,6 +137,7 @@ class Trainer:
             "steps": self.steps,
             "batch_size": batch_size,
             "accumulate": accumulate,
+            "trained_parameters": sum(p.numel() for p in objective.parameters() if p.requires_grad),
         }
         settings["items"] = [len(source) for source in sources]
         self.checkpoints = Checkpoints(self.output_dir / "checkpoints", keep, settings)

@@ -229,6 +229,17 @@ def test_settings_that_do_not_fit(tmp_path, settings, message):
         make(tmp_path, **settings)
 
 
+def test_a_run_that_trained_something_else_is_not_gone_on_with(tmp_path):
+    settings = {"output_dir": tmp_path, "batch_size": 8, "steps": 1, "device": "cpu"}
+    Trainer(Toy(), Noisy(), **settings).run()
+    toy = Toy()
+    toy.encoder.patch.requires_grad_(False)
+    count = sum(p.numel() for p in Toy().parameters() if p.requires_grad)
+    less = count - sum(p.numel() for p in toy.encoder.patch.parameters())
+    with pytest.raises(OutputError, match=f"other settings .trained_parameters: {count} there, {less} now"):
+        Trainer(toy, Noisy(), **settings).run()
+
+
 def test_nothing_to_train(tmp_path):
     trainer = make(tmp_path)
     trainer.objective.requires_grad_(False)
