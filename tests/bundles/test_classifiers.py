@@ -135,7 +135,7 @@ def test_inference_sees_what_the_network_was_trained_on(size, tmp_path):
     recipe = Bundle(ROOT).parser("finetune")
     kept = CachedImages([{"image": str(path)}], recipe.get_parsed_content("preprocessing"))
     learned = recipe.get_parsed_content("whole_view")(kept.batch([0])["image"])[0]
-    assert seen.shape == learned.shape == (1, 64, 64) and seen.dtype == torch.float32
+    assert seen.shape == learned.shape == (1, 96, 96) and seen.dtype == torch.float32
     torch.testing.assert_close(seen.as_tensor(), learned, atol=2e-5, rtol=0)
 
 
@@ -144,9 +144,9 @@ def test_an_image_keeps_its_rows_and_is_squeezed(tmp_path):
     pixels[:100, :50] = 255  # the upper left quarter of each side
     path = write_png(tmp_path / "a.png", pixels)
     seen = Bundle(ROOT).parser().get_parsed_content("preprocessing")({"image": str(path)})["image"][0]
-    expected = torch.full((64, 64), -2.0)
-    expected[:16, :16] = 2
-    inner = [slice(0, 14), slice(18, 64)]
+    expected = torch.full((96, 96), -2.0)
+    expected[:24, :24] = 2
+    inner = [slice(0, 22), slice(26, 96)]
     for rows in inner:
         for columns in inner:
             torch.testing.assert_close(seen.as_tensor()[rows, columns], expected[rows, columns], atol=0.3, rtol=0)

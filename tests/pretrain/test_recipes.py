@@ -29,8 +29,12 @@ TINY = {
     "uni4eye_mixed": {"network_def": {**SMALL, "decoder_embed_dim": 24}, "volume_size": [16, 16, 16]},
     "mae_3d": {"network_def": {**SMALL, "decoder_embed_dim": 24}, "volume_size": [16, 16, 16]},
     "swin_hippocampus": {},
-    "cxr_viral": {"network_def": SMALL, "encoder": ""},
-    "cxr_rad_dino": {**{f"network_def#encoder#{key}": value for key, value in SMALL.items()}, "encoder": ""},
+    "cxr_viral": {"network_def": SMALL, "encoder": "", "head": "fresh"},
+    "cxr_rad_dino": {
+        **{f"network_def#encoder#{key}": value for key, value in SMALL.items()},
+        "encoder": "",
+        "head": "fresh",
+    },
     "hippocampus_segmentation": {"encoder": "", "labelled": 2},
     "mae_cxr_published": {
         "network_def": {**SMALL, "decoder_embed_dim": 32},
@@ -236,7 +240,9 @@ def test_options_say_where_an_encoder_and_a_head_start(dataset_dir, tmp_path):
     assert encoder.keys() == again.model.encoder.state_dict().keys()
     assert all(torch.equal(value, encoder[key]) for key, value in again.model.encoder.state_dict().items())
     options = TINY["cxr_viral"] | {"encoder": str(weights)}
-    heads = [parser("cxr_viral", **options, head=how).get_parsed_content("objective") for how in ("fresh", "probe")]
+    heads = [
+        parser("cxr_viral", **options | {"head": how}).get_parsed_content("objective") for how in ("fresh", "probe")
+    ]
     fresh, probed = (objective.network.head.weight.norm() for objective in heads)
     assert fresh < 1e-3 < probed
 
