@@ -260,7 +260,7 @@ def _name_patient(dataset, k):
 
 @pytest.fixture(scope="module")
 def runs(root, tmp_path_factory):
-    """One study in four orientations as DICOM and NIfTI; its masks through MONAI's door and, twice, through ours."""
+    """One study in four orientations as DICOM and NIfTI; its masks through MONAI's door and through ours."""
     if takes_photographs(root):
         pytest.skip("a bundle for photographs; how these come back is the matter of test_photographs.py")
     base = tmp_path_factory.mktemp(root.name)
@@ -276,8 +276,7 @@ def runs(root, tmp_path_factory):
     before = tree(base / "in"), tree(bundle)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for out in ("medvit", "again"):
-            Bundle(bundle).runner(dataset_dir=[base / "in"], output_dir=base / out).run()
+        Bundle(bundle).runner(dataset_dir=[base / "in"], output_dir=base / "medvit").run()
     assert (tree(base / "in"), tree(bundle)) == before
     assert list((base / "elsewhere").iterdir()) == []
     return base, said
@@ -291,14 +290,14 @@ def masks(out, orientation):
     ]
 
 
-def test_both_doors_and_two_runs_give_the_same_bytes(runs):
+def test_both_doors_give_the_same_bytes(runs):
     base, said = runs
-    one, two, three = (
+    one, two = (
         {name: data for name, data in tree(base / out).items() if not name.endswith("_seg.dcm")}
-        for out in ("monai", "medvit", "again")
+        for out in ("monai", "medvit")
     )
     assert len(one) == 2 * 4 * 2 + 3
-    assert one == two == three
+    assert one == two
     assert " - medvit - INFO - case 8 of 8, nifti/sagittal: ok" in said  # logging.conf was accepted
     assert "zyxwvut" not in said.lower()
 
