@@ -129,7 +129,7 @@ def cases(draw):
     return WindowGeometry(size, shift, dilation, draw(st.booleans()), draw(st.booleans())), grid
 
 
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(cases(), st.sampled_from(["none", "dense", "exact", "prefix"]), st.integers(1, 2))
 def test_is_dense_for_any_geometry(case, form, heads):
     geometry, grid = case
