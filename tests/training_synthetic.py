@@ -98,6 +98,23 @@ def make(output_dir, *, noise: float = 0.1, device: str = "cpu", **settings) -> 
     return Trainer(Toy(noise), Noisy(noise=noise), output_dir=output_dir, **arguments)
 
 
+class Told:
+    """Images whose brightness tells the class, of patients with two images each."""
+
+    def __init__(self, count, labels, seed=0):
+        noise = torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+        self.labels = labels(torch.arange(count))
+        told = self.labels if self.labels.dim() == 1 else self.labels @ torch.tensor([1, 2])
+        self.images = noise + 0.3 * told[:, None, None, None]
+        self.cases = [{"case": f"c{i}", "group": f"p{i // 2}"} for i in range(count)]
+
+    def __len__(self):
+        return len(self.images)
+
+    def batch(self, indices):
+        return {"image": self.images[indices], "label": self.labels[indices]}
+
+
 # --- runs in processes of their own
 
 

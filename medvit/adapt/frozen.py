@@ -103,18 +103,13 @@ class FrozenEvaluation:
     def _embedded(self, source: Any, name: str) -> Embeddings:
         encoder = as_encoder(self.network)
 
-        def batches() -> Iterator[tuple[Sequence[str], Tensor]]:
-            for first in range(0, len(source), self.batch_size):
-                chosen = list(range(first, min(first + self.batch_size, len(source))))
-                yield [source.cases[n]["case"] for n in chosen], self.view(source.batch(chosen)["image"])
-
         def read(images: Tensor) -> dict[str, Tensor]:
             body: Any = encoder
             embed, deepest = body.embed(images), body(images)[-1].flatten(2)
             made = {"embed": embed, "embed+patches": torch.cat([embed, deepest.mean(2)], 1), "map": deepest.flatten(1)}
             return {name: made[name] for name in self.features}
 
-        made = extract(encoder, batches(), read)
+        made = extract(encoder, viewed(source, self.view, self.batch_size), read)
         made.save(self.output_dir / f"{name}.safetensors")
         return made
 
@@ -122,6 +117,13 @@ class FrozenEvaluation:
         self, features: str, probe: str, cases: Sequence[Mapping[str, Any]], values: Mapping[str, Tensor]
     ) -> None:
         write_table(self.output_dir / features / f"{probe}.csv", cases, values)
+
+
+def viewed(source: Any, view: Callable[[Tensor], Tensor], batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
+    """Names and viewed images of all cases of a source, in order, ``batch_size`` at a time."""
+    for first in range(0, len(source), batch_size):
+        chosen = list(range(first, min(first + batch_size, len(source))))
+        yield [source.cases[n]["case"] for n in chosen], view(source.batch(chosen)["image"])
 
 
 def groups_of(cases: Sequence[Mapping[str, Any]]) -> list[str] | None:

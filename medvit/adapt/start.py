@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from medvit.adapt.frozen import groups_of
+from medvit.adapt.embeddings import extract
+from medvit.adapt.frozen import groups_of, viewed
 from medvit.adapt.probe import fit_linear_probe
 
 HEADS = ("fresh", "probe")
@@ -75,16 +76,14 @@ def _inputs(
     network: nn.Module, head: nn.Linear, data: Any, view: Callable[[Tensor], Tensor], batch_size: int
 ) -> Tensor:
     """What the head is given of each case, ``(N, D)``, in evaluation mode."""
-    seen: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
-    training, device = network.training, head.weight.device
-    network.eval()
+    given: list[Tensor] = []
+
+    def read(images: Tensor) -> dict[str, Tensor]:
+        network(images)
+        return {"given": given.pop()}
+
+    hook = head.register_forward_pre_hook(lambda _, arguments: given.append(arguments[0]))
     try:
-        with torch.no_grad():
-            for first in range(0, len(data), batch_size):
-                chosen = list(range(first, min(first + batch_size, len(data))))
-                network(view(data.batch(chosen)["image"]).to(device))
+        return extract(network, viewed(data, view, batch_size), read).vectors["given"]
     finally:
         hook.remove()
-        network.train(training)
-    return torch.cat(seen)

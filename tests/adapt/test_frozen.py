@@ -3,29 +3,12 @@ import csv
 import pytest
 import torch
 from torch import nn
-from training_synthetic import Encoder
+from training_synthetic import Encoder, Told
 
 from medvit.adapt.embeddings import Embeddings
 from medvit.adapt.frozen import FrozenEvaluation
 from medvit.adapt.metrics import auroc
 from medvit.adapt.probe import fit_linear_probe, knn
-
-
-class Source:
-    """Images whose brightness tells the class, of patients with two images each."""
-
-    def __init__(self, count, labels, seed=0):
-        noise = torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
-        self.labels = labels(torch.arange(count))
-        told = self.labels if self.labels.dim() == 1 else self.labels @ torch.tensor([1, 2])
-        self.images = noise + 0.3 * told[:, None, None, None]
-        self.cases = [{"case": f"c{i}", "group": f"p{i // 2}"} for i in range(count)]
-
-    def __len__(self):
-        return len(self.images)
-
-    def batch(self, indices):
-        return {"image": self.images[indices], "label": self.labels[indices]}
 
 
 def rows(path):
@@ -37,7 +20,7 @@ def evaluation(folder, labels, **options):
     torch.manual_seed(0)
     network = nn.Module()
     network.encoder = Encoder()
-    sources = Source(60, labels), Source(24, labels, seed=1)
+    sources = Told(60, labels), Told(24, labels, seed=1)
     return FrozenEvaluation(network, *sources, lambda x: x / 2, folder, batch_size=7, neighbours=5, shots=3, **options)
 
 

@@ -1,28 +1,12 @@
 import pytest
 import torch
 from torch import nn
+from training_synthetic import Told
 
 from medvit import create_model
 from medvit.adapt.probe import fit_linear_probe
 from medvit.adapt.start import start_head
 from medvit.models.heads import Classifier
-
-
-class Source:
-    """Images whose brightness tells the class, of patients with two images each."""
-
-    def __init__(self, labels, count=40):
-        self.labels = labels(torch.arange(count))
-        told = self.labels if self.labels.dim() == 1 else self.labels @ torch.tensor([1, 2])
-        self.images = torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-        self.images += 0.3 * told[:, None, None, None]
-        self.cases = [{"case": f"c{i}", "group": f"p{i // 2}"} for i in range(count)]
-
-    def __len__(self):
-        return len(self.images)
-
-    def batch(self, indices):
-        return {"image": self.images[indices], "label": self.labels[indices]}
 
 
 def vit(outputs):
@@ -50,9 +34,10 @@ SEVERAL = {
 @pytest.mark.parametrize("make", [vit, classifier])
 @pytest.mark.parametrize(("outputs", "labels"), SEVERAL.values(), ids=SEVERAL)
 def test_outputs_are_the_logits_of_the_probe_on_what_the_head_reads(make, outputs, labels):
-    data, network = Source(labels), make(outputs).train()
+    data, network = Told(40, labels), make(outputs).train()
+    network.encoder.eval()
     assert start_head(network, "probe", data, halved, l2=0.1, batch_size=7) is network
-    assert network.training  # as it was
+    assert network.training and not network.encoder.training  # as they were
     network.eval()
     vectors = network.encoder.embed(halved(data.images))
     if make is classifier:
@@ -69,12 +54,12 @@ def test_the_penalty_is_chosen_on_folds_of_patients(monkeypatch):
         return fit_linear_probe(x, y, l2=0.1)
 
     monkeypatch.setattr("medvit.adapt.start.fit_linear_probe", fit)
-    start_head(vit(2), "probe", Source(lambda i: i // 2 % 2), halved, seed=3)
+    start_head(vit(2), "probe", Told(40, lambda i: i // 2 % 2), halved, seed=3)
     assert asked == {"l2": None, "classes": 2, "groups": [f"p{i // 2}" for i in range(40)], "seed": 3}
 
 
 def test_the_encoder_and_a_fresh_head_stay_as_they_are():
-    data, before = Source(lambda i: i // 2 % 2), vit(2).state_dict()
+    data, before = Told(40, lambda i: i // 2 % 2), vit(2).state_dict()
     fresh = start_head(vit(2), "fresh", data, halved).state_dict()
     probed = start_head(vit(2), "probe", data, halved, l2=0.1).state_dict()
     assert all(torch.equal(before[key], fresh[key]) for key in before)
@@ -91,9 +76,9 @@ def test_the_encoder_and_a_fresh_head_stay_as_they_are():
 )
 def test_refusals(network, how, message):
     with pytest.raises(ValueError, match=message):
-        start_head(network, how, Source(lambda i: i // 2 % 2), halved)
+        start_head(network, how, Told(40, lambda i: i // 2 % 2), halved)
 
 
 def test_outputs_must_be_the_labels():
     with pytest.raises(ValueError, match="the head has 3 outputs, but the labels make 2"):
-        start_head(vit(3), "probe", Source(SEVERAL["two labels"][1]), halved, l2=0.1)
+        start_head(vit(3), "probe", Told(40, SEVERAL["two labels"][1]), halved, l2=0.1)

@@ -302,7 +302,7 @@ EXPORTED = [case for case in CASES if case in NETWORKS or case.split("-")[0] in 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith(("classifier", "embedder"))])
+@pytest.mark.parametrize("case", CASES)
 def test_compiles_without_graph_breaks(case):
     model, x = build(case), image(case)
     with torch.no_grad():
