@@ -166,6 +166,8 @@ class _Run:
         self.exports: Mapping[str, nn.Module] = getattr(objective, "exports", {"encoder": objective.encoder})
         if trainer.recompute:
             _recompute(objective)
+        if self.world.device.type == "cpu" and trainer.precision != torch.float32:
+            _unfuse_attention(objective)
         self.shared = self.world.share(self.objective, trainer.parallel)
         self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
         self.optimizer = adamw(trainer.groups(self.objective), trainer.betas, trainer.eps)
@@ -365,6 +367,13 @@ def _steps(steps: int | None, epochs: float | None, stream: Stream, accumulate: 
     if count is None or count < 1:
         raise ValueError(f"a run needs at least one step, got steps={steps}, epochs={epochs}")
     return count
+
+
+def _unfuse_attention(objective: Any) -> None:
+    """Attention of timm's blocks by matrix products: a CPU's fused kernel is slow backward in half precision."""
+    for module in objective.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
 
 
 def _recompute(objective: Any) -> None:

@@ -6,8 +6,10 @@ import torch
 from torch import nn
 from training_synthetic import Noisy, Toy, assert_same, lines, make, state, train_in_two, train_killed
 
+from medvit import create_model
 from medvit.errors import OutputError
 from medvit.models.weights import file_sha256, read_state
+from medvit.pretrain.mae import MAEObjective
 from medvit.pretrain.schedule import Cosine, progress_of
 from medvit.pretrain.trainer import NotFinite, Trainer
 
@@ -125,6 +127,16 @@ def test_precisions(tmp_path, precision):
     first, last = (lines(folder)[-1]["loss"] for folder in (tmp_path / "float32", tmp_path))
     assert last == pytest.approx(first, rel=0.1)
     assert all(v.dtype == torch.float32 for v in read_state(tmp_path / "encoder.safetensors").values())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_attention_is_fused_where_that_is_fast(tmp_path, precision):
+    sizes = {"img_size": 8, "patch_size": 2, "embed_dim": 12, "depth": 2, "num_heads": 2}
+    decoder = {"decoder_embed_dim": 8, "decoder_depth": 1, "decoder_num_heads": 2}
+    objective = MAEObjective(create_model("mae", in_channels=1, **sizes, **decoder))
+    Trainer(objective, Noisy(), output_dir=tmp_path, batch_size=8, steps=2, precision=precision, device="cpu").run()
+    fused = {block.attn.fused_attn for block in objective.encoder.blocks}
+    assert fused == {precision == "float32"}
 
 
 class Sick(Toy):
