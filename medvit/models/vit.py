@@ -27,6 +27,7 @@ from medvit.registry import register
 EPS = 1e-6
 GLOBAL_POOLS = ("avg", "cls")
 POSITIONS = ("learned", "sincos")
+READS = ("embed", "blocks")
 
 
 class ViTEncoder(nn.Module):
@@ -115,16 +116,36 @@ class ViTEncoder(nn.Module):
         Returns:
             ``(B, 1 + N, embed_dim)`` in raster order, or ``(B, 1 + K, embed_dim)`` in the order of ``masking.keep``.
         """
+        tokens = self._embedded(x, masking)
+        for block in self.blocks:
+            tokens = block(tokens)
+        out: Tensor = self.norm(tokens)
+        return out
+
+    def _embedded(self, x: Tensor, masking: Masking | None = None) -> Tensor:
+        """What the first block is given."""
         position = resize_position(self.pos_embed, self.grid, self.grid_of(x))
         patches = self.patch_embed(x).flatten(1, -2) + position[:, 1:]
         if masking is not None:
             patches = masking.select(patches)
         cls = (self.cls_token + position[:, :1]).expand(x.shape[0], -1, -1)
-        tokens = torch.cat([cls, patches], dim=1)
+        return torch.cat([cls, patches], dim=1)
+
+    def block_statistics(self, x: Tensor) -> Tensor:
+        """Mean and standard deviation over the patches after every block, ``(B, 2 * depth * embed_dim)``.
+
+        In this order: the mean and then the deviation of the first block, of the second, and so on.
+
+        Source: several blocks as DINOv2 is evaluated (Oquab et al., TMLR 2024); both moments as in statistics pooling
+        (Snyder et al., "X-vectors", ICASSP 2018).
+        """
+        parts, tokens = [], self._embedded(x)
         for block in self.blocks:
             tokens = block(tokens)
-        out: Tensor = self.norm(tokens)
-        return out
+            patches = tokens[:, 1:].float()
+            deviation = (patches.var(dim=1, correction=0) + EPS).sqrt()  # the root of 0 has no gradient
+            parts += [patches.mean(dim=1), deviation]
+        return torch.cat(parts, dim=1)
 
     def embed(self, x: Tensor) -> Tensor:
         """One vector ``(B, embed_dim)`` per image, see ``global_pool``."""
@@ -144,24 +165,32 @@ class ViT(nn.Module):
 
     Args:
         in_channels: image channels.
-        num_classes: logits; 0: ``forward`` returns the embedding.
+        num_classes: logits; 0: ``forward`` returns what the head would read.
+        reads: ``"embed"``: the head reads the encoder's summary; ``"blocks"``: texture at every depth,
+            :meth:`ViTEncoder.block_statistics`.
         **encoder: arguments of :class:`ViTEncoder`; the defaults make a ViT-B/16 at 224.
 
-    Shapes: ``(B, in_channels, *spatial)`` to ``(B, num_classes)``, or ``(B, embed_dim)``.
+    Shapes: ``(B, in_channels, *spatial)`` to ``(B, num_classes)``.
+
+    Raises:
+        ValueError: other reads, or what the encoder refuses.
     """
 
-    def __init__(self, in_channels: int = 3, num_classes: int = 0, **encoder: Any):
+    def __init__(self, in_channels: int = 3, num_classes: int = 0, *, reads: str = "embed", **encoder: Any):
         super().__init__()
-        self.encoder = ViTEncoder(in_channels, **encoder)
+        _check_choice("reads", reads, READS)
+        self.encoder, self.reads = ViTEncoder(in_channels, **encoder), reads
         self.head: nn.Module = nn.Identity()
         if num_classes:
-            self.head = nn.Linear(self.encoder.embed_dim, num_classes)
+            width = self.encoder.embed_dim * (2 * len(self.encoder.blocks) if reads == "blocks" else 1)
+            self.head = nn.Linear(width, num_classes)
             nn.init.trunc_normal_(self.head.weight, std=2e-5)
             nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits or embedding; see the class."""
-        out: Tensor = self.head(self.encoder.embed(x))
+        read = self.encoder.block_statistics if self.reads == "blocks" else self.encoder.embed
+        out: Tensor = self.head(read(x))
         return out
 
 

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -114,6 +115,29 @@ def test_the_encoder_keeps_the_contract(dims, spatial):
 def test_without_classes_the_classifier_gives_the_embedding():
     model, x = network(global_pool="cls"), image(2, 3, 16, 16)
     assert torch.equal(model(x), model.encoder.tokens(x)[:, 0])
+
+
+@pytest.mark.parametrize(("dims", "spatial"), [(2, (16, 12)), (3, (8, 12, 4))])
+def test_a_head_may_read_both_moments_of_every_block(dims, spatial):
+    model, x = network(reads="blocks", num_classes=2, depth=3, spatial_dims=dims), image(2, 3, *spatial)
+    after = []
+    for block in model.encoder.blocks:
+        block.register_forward_hook(lambda module, given, out: after.append(out.detach().double().numpy()))
+    logits = model(x)
+    read = [moment for out in after for moment in (out[:, 1:].mean(axis=1), out[:, 1:].std(axis=1))]
+    expected = torch.from_numpy(np.concatenate(read, axis=1))
+    assert expected.shape == (2, 2 * 3 * 24)
+    torch.testing.assert_close(model.encoder.block_statistics(x).double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits.double(), model.head.double()(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_patches_that_are_all_alike_have_a_gradient():
+    model = network(reads="blocks", num_classes=2)
+    with torch.no_grad():
+        model.encoder.pos_embed.zero_()
+    model(torch.ones(1, 3, 16, 16)).sum().backward()
+    assert model.encoder.block_statistics(torch.ones(1, 3, 16, 16))[0, 24:48].max() < 0.01
+    assert all(p.grad.isfinite().all() for p in model.encoder.blocks.parameters())
 
 
 def test_a_feature_lies_over_its_patch():
@@ -268,6 +292,11 @@ def test_an_image_size_that_shapes_do_not_tell_is_left_out():
 def test_bad_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         ViTEncoder(**{**SMALL, **options})
+
+
+def test_a_head_reads_one_of_two():
+    with pytest.raises(ValueError, match=r"^reads must be one of \('embed', 'blocks'\), got 'map'$"):
+        network(reads="map")
 
 
 @pytest.mark.parametrize(
