@@ -71,7 +71,7 @@ def fit_linear_probe(
         x: ``(N, D)``.
         y: labels, see the module.
         l2: penalty above 0; None: the one of :data:`L2` with the least cross-entropy on left-out folds, the stronger of
-            equals. In scikit-learn's terms ``C = 1 / (l2 * N)``.
+            equals, sought from the strongest on until one is worse. In scikit-learn's terms ``C = 1 / (l2 * N)``.
         classes: their number, if ``y`` may lack the last; None: what ``y`` holds.
         groups: N names, such as patients; a group is never both in a fold and in what is fitted for it.
         folds: number of folds.
@@ -112,16 +112,24 @@ def grouped_folds(cases: int, folds: int, *, seed: int = 0, groups: Groups = Non
 
 
 def _select_l2(x: Tensor, y: Tensor, outputs: int, fold: Tensor) -> float:
-    losses = torch.zeros(len(L2), dtype=x.dtype)
+    """From the strongest penalty on, as long as that helps: the weaker one is, the longer the solver takes."""
+    parts = []
     for number in range(int(fold.max()) + 1):
         inside = fold != number
         mean, scale = _standardisation(x[inside])
-        fitted, held_out = (x[inside] - mean) / scale, (x[~inside] - mean) / scale
-        coefficients = None
-        for i, l2 in enumerate(L2):
-            coefficients = _solve(fitted, y[inside], outputs, l2, start=coefficients)
-            losses[i] += _cross_entropy(_apply(coefficients, held_out), y[~inside]).sum()
-    return L2[int(losses.argmin())]
+        parts.append(((x[inside] - mean) / scale, y[inside], (x[~inside] - mean) / scale, y[~inside]))
+    starts: list[Tensor | None] = [None] * len(parts)
+    best, least = L2[0], float("inf")
+    for l2 in L2:
+        loss = 0.0
+        for i, (fitted, known, held_out, truth) in enumerate(parts):
+            coefficients = starts[i] = _solve(fitted, known, outputs, l2, start=starts[i])
+            loss += float(_cross_entropy(_apply(coefficients, held_out), truth).sum())
+        if loss > least:
+            break
+        if loss < least:
+            best, least = l2, loss
+    return best
 
 
 def _solve(x: Tensor, y: Tensor, outputs: int, l2: float, start: Tensor | None = None) -> Tensor:

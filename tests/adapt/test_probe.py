@@ -82,7 +82,7 @@ def test_scale_offset_and_constant_components_do_not_matter():
     assert fit_linear_probe(x.bfloat16(), y, l2=0.1).weight.dtype == torch.float64
 
 
-def test_the_penalty_is_the_one_that_predicts_left_out_patients_best():
+def test_the_penalty_is_the_one_that_predicts_left_out_patients_best(monkeypatch):
     torch.manual_seed(0)
     x, y = clouds(60, classes=2, distance=0.4)
     x = torch.cat([x, torch.randn(60, 30)], 1)  # what a weak penalty would overfit
@@ -100,6 +100,11 @@ def test_the_penalty_is_the_one_that_predicts_left_out_patients_best():
     assert 1e-4 < chosen.l2 < 10
     direct = fit_linear_probe(x, y, l2=chosen.l2)
     assert torch.equal(chosen.weight, direct.weight)
+    tried = []
+    solve = module._solve
+    monkeypatch.setattr(module, "_solve", lambda *given, **start: tried.append(given[3]) or solve(*given, **start))
+    fit_linear_probe(x, y, groups=groups, folds=5, seed=3)
+    assert set(tried) == set(module.L2[: module.L2.index(chosen.l2) + 2])  # one weaker, which is worse, and no more
 
 
 def test_folds_keep_groups_together_and_are_of_one_size():
