@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from medvit.adapt.embeddings import Embeddings, extract
 from medvit.adapt.metrics import mean_auroc
-from medvit.adapt.probe import few_shot, fit_linear_probe, knn
+from medvit.adapt.probe import few_shot, fit_linear_probe, grouped_folds, knn
 from medvit.models.heads import as_encoder
 from medvit.pretrain.scores import columns, write_table
 
-FEATURES = ("embed", "embed+patches", "map")
+FEATURES = ("embed", "embed+patches", "map", "pixels")
 
 
 class FrozenEvaluation:
@@ -24,7 +24,8 @@ class FrozenEvaluation:
 
     Written are, per kind of features, ``linear.csv`` and ``knn.csv`` with the scores of the held-out cases and
     ``few_shot.csv`` with a row per draw, for ``medvit evaluate``; and ``train.safetensors`` and ``val.safetensors``,
-    the vectors (:class:`~medvit.adapt.embeddings.Embeddings`).
+    the vectors (:class:`~medvit.adapt.embeddings.Embeddings`). With ``folds`` also ``cross.csv``: scores of the cases
+    of both sources, each by a linear probe that saw none of its fold, for where there are few held-out cases.
 
     Args:
         network: an encoder, or a network that has one.
@@ -35,10 +36,11 @@ class FrozenEvaluation:
         output_dir: of the files; a folder per kind of features below it.
         features: ``"embed"`` (the encoder's own summary), ``"embed+patches"`` (that and the mean of the last map, as
             DINOv2 is evaluated), ``"map"`` (the whole map, for what depends on where something is; of images of one
-            size), or several of them.
+            size), ``"pixels"`` (what the encoder is given: what is gained by none), or several of them.
         shots: cases per class of the few-shot probes; of several labels there are none.
         draws: of the shots.
         neighbours: that vote.
+        folds: of the cross-validation, by the cases' groups; 0: none.
         seed: of draws and folds.
         batch_size: images at a time.
 
@@ -58,6 +60,7 @@ class FrozenEvaluation:
         shots: int = 16,
         draws: int = 20,
         neighbours: int = 20,
+        folds: int = 0,
         seed: int = 0,
         batch_size: int = 256,
     ):
@@ -65,7 +68,7 @@ class FrozenEvaluation:
             raise ValueError(f"features must be some of {', '.join(FEATURES)}, got {list(features)}")
         self.network, self.train, self.val, self.view = network, train, val, view
         self.output_dir, self.features, self.batch_size = Path(output_dir), tuple(features), batch_size
-        self.shots, self.draws, self.neighbours, self.seed = shots, draws, neighbours, seed
+        self.shots, self.draws, self.neighbours, self.folds, self.seed = shots, draws, neighbours, folds, seed
 
     def run(self) -> dict[str, float]:
         """Embed, probe, write; the mean AUROC over classes of each, such as ``embed_linear``.
@@ -83,9 +86,11 @@ class FrozenEvaluation:
                 "knn": knn(x, y, queries, k=self.neighbours),
             }
             for probe, probabilities in scores.items():
-                kept = probabilities[:, 1] if y.dim() == 1 and probabilities.shape[1] == 2 else probabilities
-                self._write(name, probe, self.val.cases, {**columns("label", truth), **columns("score", kept)})
-                found[f"{name}_{probe}"] = mean_auroc(truth, probabilities)
+                found[f"{name}_{probe}"] = self._judged(name, probe, self.val.cases, truth, probabilities)
+            if self.folds:
+                cases, known = [*self.train.cases, *self.val.cases], torch.cat([y, truth])
+                crossed = self._crossed(torch.cat([x, queries]), known, groups_of(cases))
+                found[f"{name}_cross"] = self._judged(name, "cross", cases, known, crossed)
             if self.shots and y.dim() == 1:
                 few = few_shot(x, y, queries, truth, mean_auroc, k=self.shots, draws=self.draws, seed=self.seed, l2=0.1)
                 drawn = [{"case": f"draw {i}"} for i in range(self.draws)]
@@ -106,12 +111,36 @@ class FrozenEvaluation:
         def read(images: Tensor) -> dict[str, Tensor]:
             body: Any = encoder
             embed, deepest = body.embed(images), body(images)[-1].flatten(2)
-            made = {"embed": embed, "embed+patches": torch.cat([embed, deepest.mean(2)], 1), "map": deepest.flatten(1)}
+            both = torch.cat([embed, deepest.mean(2)], 1)
+            made = {"embed": embed, "embed+patches": both, "map": deepest.flatten(1), "pixels": images.flatten(1)}
             return {name: made[name] for name in self.features}
 
         made = extract(encoder, viewed(source, self.view, self.batch_size), read)
         made.save(self.output_dir / f"{name}.safetensors")
         return made
+
+    def _crossed(self, x: Tensor, y: Tensor, groups: list[str] | None) -> Tensor:
+        """Of each case the probabilities of the probe that was fitted on the other folds."""
+        fold = grouped_folds(len(x), self.folds, seed=self.seed, groups=groups)
+        classes = int(y.max()) + 1 if y.dim() == 1 else None
+        parts = []
+        for number in range(self.folds):
+            inside = fold != number
+            known = None if groups is None else [name for name, seen in zip(groups, inside, strict=True) if seen]
+            probe = fit_linear_probe(x[inside], y[inside], classes=classes, seed=self.seed, groups=known)
+            parts.append(probe.probabilities(x[~inside]))
+        scores = torch.empty(len(x), parts[0].shape[1], dtype=parts[0].dtype)
+        for number, part in enumerate(parts):
+            scores[fold == number] = part
+        return scores
+
+    def _judged(
+        self, features: str, probe: str, cases: Sequence[Mapping[str, Any]], truth: Tensor, probabilities: Tensor
+    ) -> float:
+        """Write the table of scores; the mean AUROC."""
+        kept = probabilities[:, 1] if truth.dim() == 1 and probabilities.shape[1] == 2 else probabilities
+        self._write(features, probe, cases, {**columns("label", truth), **columns("score", kept)})
+        return mean_auroc(truth, probabilities)
 
     def _write(
         self, features: str, probe: str, cases: Sequence[Mapping[str, Any]], values: Mapping[str, Tensor]

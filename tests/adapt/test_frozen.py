@@ -7,8 +7,8 @@ from training_synthetic import Encoder, Told
 
 from medvit.adapt.embeddings import Embeddings
 from medvit.adapt.frozen import FrozenEvaluation
-from medvit.adapt.metrics import auroc
-from medvit.adapt.probe import fit_linear_probe, knn
+from medvit.adapt.metrics import auroc, mean_auroc
+from medvit.adapt.probe import fit_linear_probe, grouped_folds, knn
 
 
 def rows(path):
@@ -70,6 +70,35 @@ def test_several_classes_and_several_labels(tmp_path):
     assert list(rows(tmp_path / "two/embed/knn.csv")[0])[2:] == ["label_0", "label_1", "score_0", "score_1"]
 
 
+@pytest.mark.parametrize("labels", [lambda i: (i // 2) % 2, lambda i: torch.stack([i // 2 % 2, i // 4 % 2], 1)])
+def test_a_cross_validated_case_is_scored_by_probes_that_saw_nothing_of_its_patient(tmp_path, labels):
+    made = evaluation(tmp_path, labels, features=["embed", "pixels"], folds=4, seed=2)
+    made.val.cases = [{"case": f"v{i}", "group": f"p{i // 2 + 28}"} for i in range(24)]  # two patients are in both
+    found = made.run()
+    cases = [*made.train.cases, *made.val.cases]
+    y, groups = torch.cat([made.train.labels, made.val.labels]), [case["group"] for case in cases]
+    x = torch.cat([made.train.images, made.val.images]).flatten(1) / 2
+    table = rows(tmp_path / "pixels/cross.csv")
+    assert [(row["case"], row["group"]) for row in table] == [(case["case"], case["group"]) for case in cases]
+    several = y.dim() == 2
+    scores = torch.tensor([[float(row[name]) for name in row if name.startswith("score")] for row in table])
+    for number in range(4):
+        fold = grouped_folds(84, 4, seed=2, groups=groups) == number
+        others = [name for name, left_out in zip(groups, fold, strict=True) if not left_out]
+        assert not set(others) & {name for name, left_out in zip(groups, fold, strict=True) if left_out}
+        probe = fit_linear_probe(x[~fold], y[~fold], groups=others, seed=2)
+        expected = probe.probabilities(x[fold]) if several else probe.probabilities(x[fold])[:, 1:]
+        torch.testing.assert_close(scores[fold].double(), expected, rtol=1e-3, atol=1e-5)
+    expected = mean_auroc(y, scores) if several else auroc(y, scores[:, 0])
+    assert found["pixels_cross"] == pytest.approx(expected, abs=1e-6)
+    assert {"embed_cross", "embed_linear", "pixels_linear"} <= found.keys()
+
+
+def test_without_folds_nothing_is_cross_validated(tmp_path):
+    found = evaluation(tmp_path, lambda i: (i // 2) % 2).run()
+    assert "embed_cross" not in found and not (tmp_path / "embed/cross.csv").exists()
+
+
 def test_features_must_be_known(tmp_path):
-    with pytest.raises(ValueError, match=r"features must be some of embed, embed\+patches, map, got \['cls'\]"):
+    with pytest.raises(ValueError, match=r"features must be some of .*, pixels, got \['cls'\]"):
         evaluation(tmp_path, lambda i: i % 2, features=["cls"])
