@@ -98,8 +98,10 @@ def test_embeddings_are_those_of_the_encoder_and_say_so(run):
     embeddings = Embeddings.load(base / "out/embeddings.safetensors", network.encoder)
     assert embeddings.cases == tuple(sorted(table(base / "out")))
     (vector,) = embeddings.of(["plain"])
+    seen = Bundle(ROOT).parser().get_parsed_content("preprocessing")({"image": str(base / "in/plain.png")})["image"]
     with torch.inference_mode():
-        scores = network.head(vector[None]).softmax(1)[0]
+        scores = network(seen.as_tensor()[None]).softmax(1)[0]
+        torch.testing.assert_close(vector, network.encoder.embed(seen.as_tensor()[None])[0], rtol=1e-5, atol=1e-5)
     assert float(scores[1]) == pytest.approx(float(table(base / "out")["plain"]["virus"]), abs=1e-5)
     assert np.array_equal(np.load(base / "out/plain_embedding.npy"), vector.numpy())
 
