@@ -51,7 +51,7 @@ def make(output_dir, *, task: str, images: str, settled: bool = False, **setting
         "accumulate": len(ranks),
         "steps": 6,
         "learning_rate": 2e-3,
-        "eps": 1e-4,  # AdamW by its own would blow rounding errors up to whole steps where a gradient is 0
+        "eps": 1e-3,  # AdamW by its own would blow rounding errors up to whole steps where a gradient is 0
         "save_every": 2,
         "log_every": 2,
         "device": "cpu",
