@@ -142,10 +142,10 @@ class ViTEncoder(nn.Module):
         parts, tokens = [], self._embedded(x)
         for block in self.blocks:
             tokens = block(tokens)
-            patches = tokens[:, 1:].float()
+            patches = tokens[:, 1:].to(torch.promote_types(tokens.dtype, torch.float32))
             deviation = (patches.var(dim=1, correction=0) + EPS).sqrt()  # the root of 0 has no gradient
             parts += [patches.mean(dim=1), deviation]
-        return torch.cat(parts, dim=1)
+        return torch.cat(parts, dim=1).to(tokens.dtype)
 
     def embed(self, x: Tensor) -> Tensor:
         """One vector ``(B, embed_dim)`` per image, see ``global_pool``."""

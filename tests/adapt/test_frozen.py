@@ -101,5 +101,6 @@ def test_without_folds_nothing_is_cross_validated(tmp_path):
 
 
 def test_features_must_be_known(tmp_path):
-    with pytest.raises(ValueError, match=r"features must be some of .*, pixels, got \['cls'\]"):
+    message = r"features must be some of embed, embed\+patches, map, pixels, got \['cls'\]"
+    with pytest.raises(ValueError, match=message):
         evaluation(tmp_path, lambda i: i % 2, features=["cls"])

@@ -131,6 +131,15 @@ def test_a_head_may_read_both_moments_of_every_block(dims, spatial):
     torch.testing.assert_close(logits.double(), model.head.double()(expected), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_what_the_head_reads_is_of_the_networks_type(dtype):
+    model = network(reads="blocks", num_classes=2)
+    expected = model(image(2, 3, 16, 16))
+    found = model.to(dtype)(image(2, 3, 16, 16).to(dtype))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.1)
+
+
 def test_patches_that_are_all_alike_have_a_gradient():
     model = network(reads="blocks", num_classes=2)
     with torch.no_grad():
