@@ -16,7 +16,7 @@ from medvit.adapt.probe import few_shot, fit_linear_probe, grouped_folds, knn
 from medvit.models.heads import as_encoder
 from medvit.pretrain.scores import columns, write_table
 
-FEATURES = ("embed", "embed+patches", "map", "pixels")
+FEATURES = ("embed", "embed+patches", "embed+blocks", "map", "pixels")
 
 
 class FrozenEvaluation:
@@ -35,8 +35,9 @@ class FrozenEvaluation:
         view: images of a batch to what the encoder takes.
         output_dir: of the files; a folder per kind of features below it.
         features: ``"embed"`` (the encoder's own summary), ``"embed+patches"`` (that and the mean of the last map, as
-            DINOv2 is evaluated), ``"map"`` (the whole map, for what depends on where something is; of images of one
-            size), ``"pixels"`` (what the encoder is given: what is gained by none), or several of them.
+            DINOv2 is evaluated), ``"embed+blocks"`` (the summary, and mean and deviation of the patches after every
+            block, of encoders with ``block_statistics``), ``"map"`` (the whole map, for what depends on where something
+            is; of images of one size), ``"pixels"`` (what the encoder is given: what is gained by none), or several.
         shots: cases per class of the few-shot probes; of several labels there are none.
         draws: of the shots.
         neighbours: that vote.
@@ -45,7 +46,7 @@ class FrozenEvaluation:
         batch_size: images at a time.
 
     Raises:
-        ValueError: unknown features, or none.
+        ValueError: unknown features, none, or some that this encoder does not have.
     """
 
     def __init__(
@@ -66,6 +67,11 @@ class FrozenEvaluation:
     ):
         if not features or not set(features) <= set(FEATURES):
             raise ValueError(f"features must be some of {', '.join(FEATURES)}, got {list(features)}")
+        if "embed+blocks" in features and not hasattr(as_encoder(network), "block_statistics"):
+            raise ValueError(
+                f"embed+blocks needs an encoder with block_statistics, got {type(as_encoder(network)).__name__}; use a "
+                "plain vision transformer, or the features embed+patches"
+            )
         self.network, self.train, self.val, self.view = network, train, val, view
         self.output_dir, self.features, self.batch_size = Path(output_dir), tuple(features), batch_size
         self.shots, self.draws, self.neighbours, self.folds, self.seed = shots, draws, neighbours, folds, seed
@@ -113,6 +119,8 @@ class FrozenEvaluation:
             embed, deepest = body.embed(images), body(images)[-1].flatten(2)
             both = torch.cat([embed, deepest.mean(2)], 1)
             made = {"embed": embed, "embed+patches": both, "map": deepest.flatten(1), "pixels": images.flatten(1)}
+            if "embed+blocks" in self.features:
+                made["embed+blocks"] = torch.cat([embed, body.block_statistics(images)], 1)
             return {name: made[name] for name in self.features}
 
         made = extract(encoder, viewed(source, self.view, self.batch_size), read)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 
@@ -47,3 +49,24 @@ def check_image(x: Tensor, in_channels: int, spatial_dims: int) -> None:
             + (f"; repeat the channel of a grey image {in_channels} times" if grey else "")
             + ("; no axis may be empty" if 0 in x.shape[2:] else "")
         )
+
+
+def patch_statistics(states: Iterable[Tensor], prefix: int = 1) -> Tensor:
+    """Mean and standard deviation over the patches of token sequences: of the first, of the second, and so on.
+
+    Args:
+        states: each ``(B, prefix + N, D)``, such as what every block of a transformer gives.
+        prefix: tokens before the patches.
+
+    Returns:
+        ``(B, 2 * D * number of states)``, mean before deviation, in the type of the states.
+
+    Source: several blocks as DINOv2 is evaluated (Oquab et al., TMLR 2024); both moments as in statistics pooling
+    (Snyder et al., "X-vectors", ICASSP 2018).
+    """
+    parts = []
+    for tokens in states:
+        patches = tokens[:, prefix:].to(torch.promote_types(tokens.dtype, torch.float32))
+        deviation = (patches.var(dim=1, correction=0) + 1e-6).sqrt()  # the root of 0 has no gradient
+        parts += [part.to(tokens.dtype) for part in (patches.mean(dim=1), deviation)]
+    return torch.cat(parts, dim=1)

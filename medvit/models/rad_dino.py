@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from medvit.dims import conv, ntuple
 from medvit.layers.attention import check_heads
 from medvit.layers.position import resize_position
-from medvit.models.encoder import check_image
+from medvit.models.encoder import check_image, patch_statistics
 from medvit.models.weights import KeyMap, Layout
 from medvit.registry import register
 
@@ -144,6 +144,13 @@ class RadDino(nn.Module):
         for block in self.blocks:
             states.append(block(states[-1]))
         return states
+
+    def block_statistics(self, x: Tensor) -> Tensor:
+        """Mean and deviation of the patches after every block, ``(B, 2 * depth * embed_dim)``.
+
+        See :func:`~medvit.models.encoder.patch_statistics`.
+        """
+        return patch_statistics(self.hidden_states(x)[1:], self.prefix)
 
     def positions(self, grid: Sequence[int]) -> Tensor:
         """Position table ``(1, 1 + N, embed_dim)`` for cls and the patches of ``grid``."""

@@ -20,7 +20,7 @@ from medvit.layers.attention import check_heads
 from medvit.layers.masking import Masking
 from medvit.layers.patch import PatchEmbed
 from medvit.layers.position import resize_position, sincos_position
-from medvit.models.encoder import check_image
+from medvit.models.encoder import check_image, patch_statistics
 from medvit.models.weights import KeyMap, Layout
 from medvit.registry import register
 
@@ -131,21 +131,19 @@ class ViTEncoder(nn.Module):
         cls = (self.cls_token + position[:, :1]).expand(x.shape[0], -1, -1)
         return torch.cat([cls, patches], dim=1)
 
-    def block_statistics(self, x: Tensor) -> Tensor:
-        """Mean and standard deviation over the patches after every block, ``(B, 2 * depth * embed_dim)``.
-
-        In this order: the mean and then the deviation of the first block, of the second, and so on.
-
-        Source: several blocks as DINOv2 is evaluated (Oquab et al., TMLR 2024); both moments as in statistics pooling
-        (Snyder et al., "X-vectors", ICASSP 2018).
-        """
-        parts, tokens = [], self._embedded(x)
+    def hidden_states(self, x: Tensor) -> list[Tensor]:
+        """The embedded tokens and what each block makes of them, ``depth + 1`` tensors; none is normalised."""
+        states = [self._embedded(x)]
         for block in self.blocks:
-            tokens = block(tokens)
-            patches = tokens[:, 1:].to(torch.promote_types(tokens.dtype, torch.float32))
-            deviation = (patches.var(dim=1, correction=0) + EPS).sqrt()  # the root of 0 has no gradient
-            parts += [patches.mean(dim=1), deviation]
-        return torch.cat(parts, dim=1).to(tokens.dtype)
+            states.append(block(states[-1]))
+        return states
+
+    def block_statistics(self, x: Tensor) -> Tensor:
+        """Mean and deviation of the patches after every block, ``(B, 2 * depth * embed_dim)``.
+
+        See :func:`~medvit.models.encoder.patch_statistics`.
+        """
+        return patch_statistics(self.hidden_states(x)[1:])
 
     def embed(self, x: Tensor) -> Tensor:
         """One vector ``(B, embed_dim)`` per image, see ``global_pool``."""

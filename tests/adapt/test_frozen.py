@@ -9,6 +9,7 @@ from medvit.adapt.embeddings import Embeddings
 from medvit.adapt.frozen import FrozenEvaluation
 from medvit.adapt.metrics import auroc, mean_auroc
 from medvit.adapt.probe import fit_linear_probe, grouped_folds, knn
+from medvit.models.heads import as_encoder
 
 
 def rows(path):
@@ -16,10 +17,10 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
-def evaluation(folder, labels, **options):
+def evaluation(folder, labels, encoder=None, **options):
     torch.manual_seed(0)
     network = nn.Module()
-    network.encoder = Encoder()
+    network.encoder = encoder or Encoder()
     sources = Told(60, labels), Told(24, labels, seed=1)
     options = {"batch_size": 7, "neighbours": 5, "shots": 3} | options
     return FrozenEvaluation(network, *sources, lambda x: x / 2, folder, **options)
@@ -62,6 +63,26 @@ def test_patches_may_be_added_to_the_summary(tmp_path):
     assert len(rows(tmp_path / "embed+patches/knn.csv")) == 24
 
 
+@pytest.mark.parametrize("name", ["vit", "rad_dino"])
+def test_every_block_may_be_added_to_the_summary(tmp_path, name):
+    size = tuple(Told(1, lambda i: i).images.shape[2:])
+    encoder = as_encoder(
+        {"name": name, "in_channels": 1, "img_size": size, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2}
+    )
+    made = evaluation(tmp_path, lambda i: (i // 2) % 2, encoder, features=["embed+blocks"])
+    assert made.run().keys() >= {"embed+blocks_linear", "embed+blocks_knn"}
+    kept, x = Embeddings.load(tmp_path / "train.safetensors").vectors["embed+blocks"], made.train.images / 2
+    with torch.no_grad():
+        expected = torch.cat([encoder.embed(x), encoder.block_statistics(x)], 1)
+    assert kept.shape[1] == 8 + 2 * 2 * 8
+    torch.testing.assert_close(kept, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_encoder_without_blocks_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"^embed\+blocks needs an encoder with block_statistics, got Encoder; use a"):
+        evaluation(tmp_path, lambda i: i % 2, features=["embed+blocks"])
+
+
 def test_several_classes_and_several_labels(tmp_path):
     three = evaluation(tmp_path / "three", lambda i: (i // 2) % 3).run()
     assert three["embed_linear"] > 0.75 and "embed_few_shot" in three
@@ -101,6 +122,6 @@ def test_without_folds_nothing_is_cross_validated(tmp_path):
 
 
 def test_features_must_be_known(tmp_path):
-    message = r"features must be some of embed, embed\+patches, map, pixels, got \['cls'\]"
+    message = r"features must be some of embed, embed\+patches, embed\+blocks, map, pixels, got \['cls'\]"
     with pytest.raises(ValueError, match=message):
         evaluation(tmp_path, lambda i: i % 2, features=["cls"])

@@ -106,6 +106,16 @@ def test_tokens_are_those_of_transformers(options, size):
         torch.testing.assert_close(mine, other, rtol=0, atol=2e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("registers", [0, 2])
+def test_statistics_of_blocks_are_of_the_patches_alone(registers):
+    model = network(num_register_tokens=registers)
+    x = image(2, model.in_channels, 28, 42)
+    after = [state[:, 1 + registers :].double() for state in model.hidden_states(x)[1:]]
+    expected = torch.cat([part for state in after for part in (state.mean(1), state.std(1, correction=0))], 1)
+    torch.testing.assert_close(model.block_statistics(x).double(), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.upstream
 @torch.no_grad()
 @pytest.mark.parametrize("registers", [0, 2])
