@@ -85,7 +85,7 @@ def _write(
     references = {name: f"@{knob}" for knob, name in reversed(rules["knobs"].items())}
     encoder = {"name": conversion.layout.model, **conversion.config, **references}
     inference = json.loads((template.root / "configs/inference.json").read_text(encoding="utf-8"))
-    inference |= knobs
+    inference |= {**rules.get("settings", {}), **knobs}
     inference["bundle_root"]["name"] = root.name
     inference["network_def"]["encoder"] = encoder
     _write_json(root / "configs/inference.json", inference)

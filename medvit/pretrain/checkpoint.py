@@ -123,7 +123,12 @@ def plain_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def load_encoder(
-    network: nn.Module, path: str | Path, *, drop: str | None = None, fresh: str | None = None
+    network: nn.Module,
+    path: str | Path,
+    *,
+    rename: Mapping[str, str] | None = None,
+    drop: str | None = None,
+    fresh: str | None = None,
 ) -> nn.Module:
     """Put exported weights into an encoder, every key accounted for.
 
@@ -131,6 +136,8 @@ def load_encoder(
         network: changed in place; one that has an ``encoder`` gets them there.
         path: from :func:`export`; checked against the sha256 in the JSON beside it, if that is there. Empty:
             nothing is loaded, to train from scratch.
+        rename: regular expressions in names of the file and what takes the place of each, for an encoder of another
+            kind; all of it comes before ``drop``.
         drop: regular expression of whole names in the file that the encoder does not take.
         fresh: regular expression of whole names of the encoder that the file lacks.
 
@@ -138,7 +145,7 @@ def load_encoder(
         What was given.
 
     Raises:
-        WeightsMismatch: no such file, another sha256, or keys and shapes that do not agree.
+        WeightsMismatch: no such file, another sha256, one name for two tensors, or keys and shapes that do not agree.
     """
     if not str(path):
         return network
@@ -149,7 +156,19 @@ def load_encoder(
         )
     note = path.with_name(path.name + ".json")
     sha256 = json.loads(note.read_text(encoding="utf-8"))["sha256"] if note.is_file() else None
-    state = {key: value for key, value in read_state(path, sha256).items() if not (drop and re.fullmatch(drop, key))}
+    state = _renamed(read_state(path, sha256), rename or {}, path)
+    state = {key: value for key, value in state.items() if not (drop and re.fullmatch(drop, key))}
     kept = {key: value for key, value in body.state_dict().items() if fresh and re.fullmatch(fresh, key)}
     load_weights(body, kept | state)
     return network
+
+
+def _renamed(state: Mapping[str, Tensor], rename: Mapping[str, str], path: Path) -> dict[str, Tensor]:
+    renamed: dict[str, Tensor] = {}
+    for key, value in state.items():
+        for pattern, replacement in rename.items():
+            key = re.sub(pattern, replacement, key)
+        if key in renamed:
+            raise WeightsMismatch(f"{path}: rename gives two tensors the name {key!r}; use a narrower expression")
+        renamed[key] = value
+    return renamed

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,8 +7,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 from training_synthetic import Encoder
 
+from medvit import create_model
 from medvit.errors import OutputError, WeightsMismatch
 from medvit.pretrain.checkpoint import Checkpoints, export, load_encoder, plain_state
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_newest_state_comes_back_and_old_ones_go(tmp_path):
@@ -68,6 +72,28 @@ def test_what_is_dropped_and_fresh_must_be_said(tmp_path):
     target.cls_token.data.fill_(7)
     load_encoder(target, path, drop="old", fresh="cls_.*")
     assert (target.cls_token == 7).all() and torch.equal(target.patch.weight, encoder.patch.weight)
+
+
+def test_an_encoder_of_another_kind_may_be_renamed(tmp_path):
+    encoder, path = Encoder(), tmp_path / "encoder.safetensors"
+    export({key.replace("patch.", "stem.proj."): v for key, v in encoder.state_dict().items()}, path, {})
+    target = load_encoder(Encoder(), path, rename={r"^stem\.proj\.": "patch."})
+    assert all(torch.equal(target.state_dict()[key], value) for key, value in encoder.state_dict().items())
+    with pytest.raises(WeightsMismatch, match=r"rename gives two tensors the name 'x'; use a narrower"):
+        load_encoder(Encoder(), path, rename={"^stem.*": "x"})
+
+
+def test_a_masked_autoencoders_encoder_starts_a_rad_dino(tmp_path):
+    options = {"in_channels": 1, "img_size": 16, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2}
+    small = {"decoder_embed_dim": 8, "decoder_depth": 1, "decoder_num_heads": 2}
+    mae, path = create_model("mae", **options, **small).encoder.eval(), tmp_path / "encoder.safetensors"
+    export(mae.state_dict(), path, {})
+    recipe = json.loads((ROOT / "configs/pretrain/dino_cxr.json").read_text(encoding="utf-8"))["network"]
+    dino = create_model("rad_dino", **options).eval()
+    assert load_encoder(dino, path, rename=recipe["rename"], fresh=recipe["fresh"]) is dino
+    x = torch.rand(3, 1, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(dino.tokens(x), mae.tokens(x))
 
 
 def test_weights_that_are_not_those_of_the_note(tmp_path):
