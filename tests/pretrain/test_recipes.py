@@ -25,11 +25,7 @@ PUBLISHED = [path for path in RECIPES if path.stem.endswith("_published")]  # ea
 SMALL = {"embed_dim": 24, "depth": 1, "num_heads": 2}
 TINY = {
     "mae_cxr": {"network_def": {**SMALL, "decoder_embed_dim": 24, "decoder_depth": 1, "decoder_num_heads": 2}},
-    "dino_cxr": {
-        "network_def": SMALL,
-        "objective": {"prototypes": 16, "hidden_dim": 16, "bottleneck_dim": 8},
-        "start": "",
-    },
+    "dino_cxr": {"network_def": SMALL, "objective": {"prototypes": 16, "hidden_dim": 16, "bottleneck_dim": 8}},
     "uni4eye_mixed": {"network_def": {**SMALL, "decoder_embed_dim": 24}, "volume_size": [16, 16, 16]},
     "mae_3d": {"network_def": {**SMALL, "decoder_embed_dim": 24}, "volume_size": [16, 16, 16]},
     "swin_hippocampus": {},
