@@ -6,12 +6,44 @@ from collections.abc import Iterable
 from operator import index
 from typing import Any, SupportsIndex, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 T = TypeVar("T")
 Layers = dict[int, type[nn.Module]]
 
-_CONV: Layers = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+class Conv3d(nn.Conv3d):
+    """``torch.nn.Conv3d`` that computes small maps in float32 where it would in bfloat16 on a CPU.
+
+    There torch leaves uninitialised memory in the gradient of the weight if the padded kernel is larger than the map's
+    first side (oneDNN 3.12, ``avx512_core_bf16``), and is wrong forward if the last side of a strided output is 1
+    (pytorch/pytorch#169688, on AMX). Maps of a side below kernel plus stride cost nothing in float32.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(B, in_channels, D, H, W)`` to ``(B, out_channels, *out)``, in the type that torch's layer gives."""
+        if not (_in_bfloat16_on_cpu(input) and self._is_small(input)):
+            out: Tensor = super().forward(input)
+            return out
+        bias = None if self.bias is None else self.bias.float()
+        with torch.autocast("cpu", enabled=False):
+            out = self._conv_forward(input.float(), self.weight.float(), bias)
+        return out.bfloat16()
+
+    def _is_small(self, x: Tensor) -> bool:
+        per_axis = zip(x.shape[2:], self.kernel_size, self.dilation, self.stride, strict=True)
+        return any(k > 1 and n < (k - 1) * d + 1 + s for n, k, d, s in per_axis)
+
+
+def _in_bfloat16_on_cpu(x: Tensor) -> bool:
+    if x.device.type != "cpu":
+        return False
+    autocast = torch.is_autocast_enabled("cpu")
+    return (torch.get_autocast_dtype("cpu") if autocast else x.dtype) == torch.bfloat16
+
+
+_CONV: Layers = {1: nn.Conv1d, 2: nn.Conv2d, 3: Conv3d}
 _CONV_TRANSPOSE: Layers = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 _INSTANCE_NORM: Layers = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 _BATCH_NORM: Layers = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -43,7 +75,7 @@ def ntuple(value: SupportsIndex | Iterable[SupportsIndex], spatial_dims: int, na
 
 
 def conv(spatial_dims: int, *args: Any, **kwargs: Any) -> nn.Module:
-    """``torch.nn.ConvNd(*args, **kwargs)`` of that many dimensions."""
+    """``torch.nn.ConvNd(*args, **kwargs)`` of that many dimensions; in 3D see :class:`Conv3d`."""
     return _pick(_CONV, spatial_dims)(*args, **kwargs)
 
 

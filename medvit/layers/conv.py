@@ -6,10 +6,8 @@ become maps without a copy, and they hand such maps on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
 from math import prod
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +17,6 @@ from torch.nn import functional as F
 from medvit.dims import batch_norm, conv, conv_transpose, instance_norm
 from medvit.layers.norm import channels_last, instance_norm_act
 
-M = TypeVar("M", bound=nn.Module)
 _NORMS = {"instance": instance_norm, "batch": batch_norm}
 
 
@@ -32,23 +29,6 @@ def image_norm(spatial_dims: int, channels: int, name: str) -> nn.Module:
     if name not in list(_NORMS):  # MONAI's names with arguments cannot be looked up
         raise ValueError(f"norm must be one of {sorted(_NORMS)}, got {name!r}")
     return _NORMS[name](spatial_dims, channels)
-
-
-def float32_on_tiny_maps(forward: Callable[[M, Tensor], Tensor]) -> Callable[[M, Tensor], Tensor]:
-    """Decorator of a ``forward`` that keeps maps with a side below 3 out of bfloat16 autocast on the CPU.
-
-    Where a side is 2, torch 2.15 leaves uninitialised memory in the bfloat16 weight gradient of a 3-wide convolution,
-    grouped or not; maps this small cost nothing in float32.
-    """
-
-    @wraps(forward)
-    def guarded(self: M, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and min(x.shape[2:]) < 3 and torch.is_autocast_enabled("cpu"):
-            with torch.autocast("cpu", enabled=False):
-                return forward(self, x.float() if x.dtype == torch.bfloat16 else x)
-        return forward(self, x)
-
-    return guarded
 
 
 def norm_act(norm: nn.Module, x: Tensor, residual: Tensor | None = None, slope: float = 0.01) -> Tensor:
@@ -113,7 +93,6 @@ class ResidualBlock(nn.Module):
                 image_norm(spatial_dims, out_channels, norm),
             )
 
-    @float32_on_tiny_maps
     def forward(self, x: Tensor) -> Tensor:
         """``(B, in_channels, *spatial)`` to ``(B, out_channels, *spatial)``."""
         x = channels_last(x)
@@ -205,7 +184,7 @@ def convolve_both(x: Tensor, skip: Tensor, up: Tensor, kernel: Tensor) -> Tensor
         ``(B, F, *(spatial * scale))``.
     """
     width, reach = up.shape[1], [n - 1 for n in kernel.shape[2:]]
-    wide = torch.promote_types(up.dtype, torch.float32)  # see float32_on_tiny_maps: an upsampling kernel is tiny
+    wide = torch.promote_types(up.dtype, torch.float32)  # see medvit.dims.Conv3d: an upsampling kernel is a small map
     joint = _convolve(up.to(wide), kernel[:, :width].to(wide), padding=reach).to(x.dtype)
     middle = [n // 2 for n in reach]
     rest = kernel[:, width:].to(x.dtype)

@@ -15,7 +15,6 @@ from medvit.dims import conv
 from medvit.kernels import WindowGeometry, windowed_attention
 from medvit.layers.attention import check_heads
 from medvit.layers.block import DropPath, Mlp
-from medvit.layers.conv import float32_on_tiny_maps
 
 
 class PositionBlock(nn.Module):
@@ -31,13 +30,8 @@ class PositionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Add positions; see the class."""
-        out: Tensor = x + self._position(x.movedim(-1, 1)).movedim(1, -1)
+        out: Tensor = x + self.conv(x.movedim(-1, 1)).movedim(1, -1)
         return out
-
-    @float32_on_tiny_maps
-    def _position(self, image: Tensor) -> Tensor:
-        position: Tensor = self.conv(image)
-        return position
 
 
 class GroupAttention(nn.Module):

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medvit.dims import batch_norm, conv, conv_transpose
-from medvit.layers.conv import float32_on_tiny_maps
 
 
 class LRD(nn.Module):
@@ -34,7 +33,6 @@ class LRD(nn.Module):
         self.norm2 = batch_norm(spatial_dims, out_channels)
         self.shortcut = conv(spatial_dims, in_channels, out_channels, 1, bias=False)
 
-    @float32_on_tiny_maps
     def forward(self, x: Tensor) -> Tensor:
         """One block; see the class."""
         out = F.leaky_relu(self.norm1(self.conv1(x)), 0.01)
