@@ -1,7 +1,8 @@
 """A small objective, data with random transforms, and a script that trains, to be killed or run side by side.
 
-``python training_synthetic.py OUTPUT_DIR '{"steps": 8}' ...``; the JSON holds arguments of :func:`make`, or with
-``"task"`` those of :func:`objectives_synthetic.make`. With ``KILL_AT=n`` the process kills itself during update n.
+``python training_synthetic.py OUTPUT_DIR '{"steps": 8}' ...``; the JSON holds arguments of :func:`make`, with
+``"task"`` those of :func:`objectives_synthetic.make`, with ``"adapt"`` those of :func:`make_adapted`. With
+``KILL_AT=n`` the process kills itself during update n.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from medvit import create_model
+from medvit.adapt.adapted import LoraFile, adapted
 from medvit.pretrain.objective import Losses
 from medvit.pretrain.processes import World
 from medvit.pretrain.schedule import Cosine
+from medvit.pretrain.supervised import Supervised
 from medvit.pretrain.trainer import Trainer
 
 
@@ -115,6 +119,26 @@ class Told:
         return {"image": self.images[indices], "label": self.labels[indices]}
 
 
+def make_adapted(output_dir, *, adapt: str, **settings) -> Trainer:
+    """Fine-tuning of a small vision transformer, or what ``adapt`` leaves of it."""
+    torch.manual_seed(3)
+    size = {"in_channels": 1, "img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2}
+    network = adapted(create_model("vit", num_classes=2, **size), adapt, rank=2)
+    arguments = {
+        "batch_size": 8,
+        "steps": 4,
+        "learning_rate": 1e-2,
+        "eps": 1e-4,
+        "save_every": 2,
+        "log_every": 1,
+        "device": "cpu",
+        "seed": 11,
+        "watchers": [LoraFile(Path(output_dir) / "lora.safetensors")],
+    } | settings
+    data = Told(16, lambda numbers: numbers % 2)
+    return Trainer(Supervised(network, nn.CrossEntropyLoss()), data, output_dir=output_dir, **arguments)
+
+
 # --- runs in processes of their own
 
 
@@ -200,7 +224,8 @@ if __name__ == "__main__":
     with World("cpu").open():  # one group of processes for all runs
         for folder, words in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
             settings = json.loads(words)
-            trainer = (objectives_synthetic.make if "task" in settings else make)(folder, **settings)
+            makers = {"task": objectives_synthetic.make, "adapt": make_adapted}
+            trainer = next((m for key, m in makers.items() if key in settings), make)(folder, **settings)
             if "KILL_AT" in os.environ:
                 _kill_itself(trainer.objective, int(os.environ["KILL_AT"]))
             trainer.run()

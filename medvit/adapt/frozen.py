@@ -112,18 +112,17 @@ class FrozenEvaluation:
         return found
 
     def _embedded(self, source: Any, name: str) -> Embeddings:
-        encoder = as_encoder(self.network)
-
-        def read(images: Tensor) -> dict[str, Tensor]:
-            body: Any = encoder
-            embed, deepest = body.embed(images), body(images)[-1].flatten(2)
-            both = torch.cat([embed, deepest.mean(2)], 1)
-            made = {"embed": embed, "embed+patches": both, "map": deepest.flatten(1), "pixels": images.flatten(1)}
-            if "embed+blocks" in self.features:
-                made["embed+blocks"] = torch.cat([embed, body.block_statistics(images)], 1)
-            return {name: made[name] for name in self.features}
-
-        made = extract(encoder, viewed(source, self.view, self.batch_size), read)
+        body: Any = as_encoder(self.network)
+        makers: dict[str, Callable[[Tensor], Tensor]] = {
+            "embed": body.embed,
+            "embed+patches": lambda x: torch.cat([body.embed(x), body(x)[-1].flatten(2).mean(2)], 1),
+            "embed+blocks": lambda x: torch.cat([body.embed(x), body.block_statistics(x)], 1),
+            "map": lambda x: body(x)[-1].flatten(1),
+            "pixels": lambda x: x.flatten(1),
+        }
+        wanted = {kind: makers[kind] for kind in self.features}
+        batches = viewed(source, self.view, self.batch_size)
+        made = extract(body, batches, lambda images: {kind: make(images) for kind, make in wanted.items()})
         made.save(self.output_dir / f"{name}.safetensors")
         return made
 

@@ -132,7 +132,8 @@ def save_lora(model: nn.Module, path: str | Path) -> None:
     """
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    state = {name: value.detach().cpu().contiguous() for name, value in _own_state(model).items()}
+    # copies: FSDP2 cannot free on a CPU what a file was written from
+    state = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in _own_state(model).items()}
     save_file(state, part, {name: json.dumps(value) for name, value in _description(model).items()})
     part.replace(path)
 

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrize import ParametrizationList
 
 PARALLEL = ("ddp", "fsdp")
 
@@ -80,7 +81,8 @@ class World:
         for tensor in module.state_dict().values():
             dist.broadcast(tensor, 0)
         mesh = init_device_mesh(self.device.type, (self.size,))
-        lists = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
+        # an adapter stays with the weight that it adapts
+        lists = [m for m in module.modules() if isinstance(m, nn.ModuleList) and not isinstance(m, ParametrizationList)]
         for child in reversed(lists):  # lists within lists first
             for block in child:
                 if any(True for _ in block.parameters()):

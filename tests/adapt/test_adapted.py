@@ -4,9 +4,10 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 from torch import nn
+from training_synthetic import assert_same, make_adapted, state, train_in_two
 
 from medvit import create_model
-from medvit.adapt.adapted import LoraFile, adapted
+from medvit.adapt.adapted import WAYS, LoraFile, adapted
 from medvit.adapt.layer_decay import layer_decay_groups
 from medvit.adapt.lora import adapters, load_lora
 from medvit.models.vit import ViTEncoder
@@ -64,7 +65,7 @@ def train(tmp_path, name, how):
     return objective.network.eval(), {key for key, value in after.items() if not torch.equal(value, before[key])}
 
 
-@pytest.mark.parametrize("how", ["full", "lora", "frozen"])
+@pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_what_is_trained_and_what_is_exported(tmp_path, name, how):
     trained, moved = train(tmp_path, name, how)
@@ -111,3 +112,34 @@ def test_what_cannot_be_adapted_is_refused():
         adapted(ViTEncoder(**VIT), "frozen")
     with pytest.raises(ValueError, match="matches none of the names"):
         adapted(create_model(**NETWORKS["vit"]), "lora", targets=["conv"])
+
+
+@pytest.fixture(scope="module")
+def in_two(tmp_path_factory):
+    """Every way in two processes, under DDP and under FSDP2."""
+    folder = tmp_path_factory.mktemp("two")
+    runs = [(how, parallel) for how in WAYS for parallel in ("ddp", "fsdp")]
+    words = [[folder / how / parallel, {"adapt": how, "parallel": parallel}] for how, parallel in runs]
+    train_in_two(*[word for pair in words for word in pair])
+    return folder
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", WAYS)
+def test_two_processes_equal_one(in_two, tmp_path, how, parallel):
+    two = in_two / how / parallel
+    make_adapted(tmp_path, adapt=how).run()
+    assert_same(state(tmp_path, 4), state(two, 4), 1e-5)
+    files = ["network.safetensors"] + (["lora.safetensors"] if how == "lora" else [])
+    for name in files:
+        assert_same(read_state(tmp_path / name), read_state(two / name), 1e-5)
+    assert (two / "lora.safetensors").exists() is (how == "lora")
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_one_process_goes_on_from_a_sharded_state(in_two, tmp_path, how):
+    (tmp_path / "checkpoints").mkdir()
+    name = "checkpoints/step-000000002.pt"
+    (tmp_path / name).write_bytes((in_two / how / "fsdp" / name).read_bytes())
+    make_adapted(tmp_path, adapt=how).run()
+    assert_same(state(tmp_path, 4), state(in_two / how / "fsdp", 4), 1e-5)
