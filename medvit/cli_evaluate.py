@@ -13,6 +13,7 @@ from medvit.terminal import emit, errors, quiet, say, table
 if TYPE_CHECKING:
     from medvit.adapt.tables import Table
 
+RESERVED = {"case", "case_id", "group", "split", "label", "score"}  # columns of a table that mean something else
 METRICS = ("auroc", "average_precision", "accuracy", "sensitivity", "specificity", "brier", "ece")
 
 
@@ -46,7 +47,9 @@ def evaluate(
     where several cases belong to one, and `split`. A table with missing values is refused, never shortened.
 
     Intervals of AUROC are DeLong's, others bootstrapped; with groups all are bootstrapped by group. The p value is
-    DeLong's for AUROC, Wilcoxon's for columns, the bootstrap's for others, and adjusted by Holm for all rows.
+    DeLong's for AUROC, Wilcoxon's for columns, the bootstrap's for others, and adjusted by Holm for all rows. Where
+    the cases are too few for a class or label it has no interval, and the reason; `macro` is the mean of the others'
+    values and of its own, if it has one.
 
     Example: `medvit evaluate mae.csv --against scratch.csv --metric auroc`
 
@@ -75,6 +78,8 @@ def evaluate(
         else:
             rows = compare(first, _read(against, split), chosen, settings)
         bins = bins_of(first) if calibration else []
+    if any(row["low"] is not None and row["low"] == row["high"] for row in rows):
+        say("note: where a metric is 0 or 1 its interval may be a point, however few the cases; it is wider in truth")
     if as_json:
         for row in rows:
             emit(row)
@@ -92,6 +97,8 @@ def _compared(found: Path, truth: Path, structures: str, tolerance: float, table
     names = [name.strip() for name in structures.split(",") if name.strip()]
     if table is None or not names:
         raise typer.BadParameter("--truth needs --structures, the names of the labels, and --write, a CSV file")
+    if len(set(names)) < len(names) or not RESERVED.isdisjoint(names):
+        raise typer.BadParameter(f"--structures must be different names, none of {', '.join(sorted(RESERVED))}")
     with errors(), quiet():
         from medvit.inference.label_maps import paired, read_pair
         from medvit.pretrain.agreement import agreement, columns_of
@@ -140,18 +147,16 @@ def _show(rows: Sequence[dict[str, Any]]) -> None:
         line = [row["metric"], row["target"] or "-", row["n"], row["groups"] or "-", _number(row["value"])]
         line += [_between(row["low"], row["high"]), row["interval"]]
         if paired:
-            line += [_number(row["against"]), f"{row['difference']:+.4f}"]
-            line += [_between(row["difference_low"], row["difference_high"], "+"), f"{row['p']:.3g}", row["test"]]
-            line.append(f"{row['p_holm']:.3g}")
+            apart = _between(row["difference_low"], row["difference_high"], "+")
+            line += [_number(row["against"]), _number(row["difference"], "+.4f"), apart]
+            line += [_number(row["p"], ".3g"), row["test"], _number(row["p_holm"], ".3g")]
         cells.append(line)
     table(header, cells)
-    if any(row["interval"] == "delong" and row["low"] == row["high"] for row in rows):
-        say("note: where an AUROC is 0 or 1 DeLong's interval is a point, however few the cases")
 
 
-def _number(value: float) -> str:
-    return f"{value:.4f}"
+def _number(value: float | None, form: str = ".4f") -> str:
+    return "-" if value is None else f"{value:{form}}"
 
 
-def _between(low: float, high: float, sign: str = "") -> str:
-    return f"{low:{sign}.4f} to {high:{sign}.4f}"
+def _between(low: float | None, high: float | None, sign: str = "") -> str:
+    return "-" if low is None or high is None else f"{low:{sign}.4f} to {high:{sign}.4f}"

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from medvit.adapt.metrics import (
     Bin,
     Floats,
+    Undefined,
     accuracy,
     auroc,
     average_precision,
@@ -87,12 +88,16 @@ def evaluate(table: Table, metrics: Sequence[str], settings: Settings) -> list[d
     Returns:
         One mapping for each metric and target: ``metric``, ``target``, ``n`` cases, ``groups`` (their number, or None),
         ``value``, ``low``, ``high`` (95 %) and ``interval``, how it was made: ``delong``; ``bootstrap``, or ``bootstrap
-        by group``, in which all cases of a group are drawn together.
+        by group``, in which all cases of a group are drawn together. Where the cases are too few for a class or label
+        the bounds are None, and the value too if it has none, and ``interval`` says why. :data:`MACRO` is the mean
+        over those that have a value, in every draw anew.
 
     Raises:
-        UnreadableFile: the table does not hold what the metrics need.
+        UnreadableFile: the table does not hold what the metrics need, or is too small for any interval.
     """
-    return [_row(table, measure, settings) for metric in metrics for measure in _measures(table, metric, settings)]
+    return _told(
+        table, [_row(table, measure, settings) for metric in metrics for measure in _measures(table, metric, settings)]
+    )
 
 
 def compare(table: Table, other: Table, metrics: Sequence[str], settings: Settings) -> list[dict[str, Any]]:
@@ -107,10 +112,10 @@ def compare(table: Table, other: Table, metrics: Sequence[str], settings: Settin
     Returns:
         As of :func:`evaluate`, with ``against``, the value of the other run, ``difference``, ``difference_low``,
         ``difference_high`` (95 %), ``p``, ``test`` (``delong``, ``wilcoxon`` or ``bootstrap``) and ``p_holm``, adjusted
-        for the number of rows.
+        for the number of rows; None where the cases are too few.
 
     Raises:
-        UnreadableFile: other cases, groups or labels in the two tables, or not what the metrics need.
+        UnreadableFile: other cases, groups or labels in the two tables, or not what the metrics need, or too few cases.
     """
     other = other.in_order_of(table)
     ours, theirs = table.predictions(), other.predictions()
@@ -118,12 +123,13 @@ def compare(table: Table, other: Table, metrics: Sequence[str], settings: Settin
         check_same_labels(table, other, ours, theirs)
     rows = []
     for metric in metrics:
-        if metric in table.columns:
-            other.numbers(metric)  # which must not be a metric of its labels there
+        if metric in table.columns or metric in other.columns:
+            for one in (table, other):  # it must not be a metric of the labels in one of them
+                one.numbers(metric)
         pairs = zip(_measures(table, metric, settings), _measures(other, metric, settings), strict=True)
         rows += [{**_row(table, a, settings), **_paired(table, other, a, b, settings)} for a, b in pairs]
-    adjusted = holm([row["p"] for row in rows])
-    return [{**row, "p_holm": p} for row, p in zip(rows, adjusted, strict=True)]
+    adjusted = iter(holm([row["p"] for row in rows if row["p"] is not None]))
+    return _told(table, [{**row, "p_holm": None if row["p"] is None else next(adjusted)} for row in rows])
 
 
 def calibration(table: Table, bins: int = 10) -> list[tuple[str, Bin]]:
@@ -178,7 +184,19 @@ def _predicted(found: Predictions, metric: str, threshold: float) -> Iterator[Me
     for c, (name, statistic) in enumerate(zip(found.names, single, strict=True)):
         yield Measure(metric, name, statistic, (labels[:, c], scores[:, c]) if metric == "auroc" else None)
     if len(single) > 1:
-        yield Measure(metric, MACRO, lambda i: sum(statistic(i) for statistic in single) / len(single))
+        yield Measure(metric, MACRO, lambda i: _mean_of_defined(single, i))
+
+
+def _mean_of_defined(statistics: Sequence[Statistic], cases: NDArray[np.intp]) -> float:
+    values = []
+    for statistic in statistics:
+        try:
+            values.append(statistic(cases))
+        except Undefined as error:
+            reason = error
+    if not values:
+        raise reason
+    return float(np.mean(values))
 
 
 def _statistic(metric: str, labels: NDArray[Any], scores: NDArray[Any]) -> Statistic:
@@ -199,6 +217,9 @@ def _row(table: Table, measure: Measure, settings: Settings) -> dict[str, Any]:
                 measure.statistic, len(table.cases), groups=groups, resamples=settings.resamples, seed=settings.seed
             )
             how = "bootstrap" if groups is None else "bootstrap by group"
+        bounds: tuple[float | None, ...] = Interval(*found)
+    except Undefined as error:
+        bounds, how = (_value(measure, len(table.cases)), None, None), str(error)
     except ValueError as error:
         raise _refusal(table, measure, error) from error
     return {
@@ -206,33 +227,53 @@ def _row(table: Table, measure: Measure, settings: Settings) -> dict[str, Any]:
         "target": measure.target,
         "n": len(table.cases),
         "groups": None if groups is None else len(set(groups)),
-        **dict(zip(("value", "low", "high"), Interval(*found), strict=True)),
+        **dict(zip(("value", "low", "high"), bounds, strict=True)),
         "interval": how,
     }
 
 
+def _value(measure: Measure, cases: int) -> float | None:
+    try:
+        return float(measure.statistic(np.arange(cases)))
+    except Undefined:
+        return None
+
+
+def _told(table: Table, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, unless none of them has an interval."""
+    if rows and all(row["low"] is None for row in rows):
+        of = f" of {rows[0]['target']}" if rows[0]["target"] else ""
+        raise UnreadableFile(table.path, f"{rows[0]['metric']}{of}: {rows[0]['interval']}")
+    return rows
+
+
 def _paired(table: Table, other: Table, first: Measure, second: Measure, settings: Settings) -> dict[str, Any]:
     groups = _grouped(table)
+    against = _value(second, len(other.cases))
+    names = ("difference", "difference_low", "difference_high", "p")
     try:
-        if first.ranked and second.ranked and groups is None:
-            found, test = delong_test(first.ranked[0], first.ranked[1], second.ranked[1]), "delong"
-        else:
-            found, test = _bootstrapped(first, second, len(table.cases), groups, settings), "bootstrap"
+        found, test = _tested(first, second, len(table.cases), groups, settings)
         if first.per_case is not None and second.per_case is not None:
             found, test = found._replace(p=wilcoxon(first.per_case, second.per_case, groups=groups)), "wilcoxon"
-        against = float(second.statistic(np.arange(len(other.cases))))
+    except Undefined as error:
+        return {"against": against, **dict.fromkeys(names), "test": str(error)}
     except ValueError as error:
         raise _refusal(other, second, error) from error
-    names = ("difference", "difference_low", "difference_high", "p")
     return {"against": against, **dict(zip(names, found, strict=True)), "test": test}
 
 
-def _bootstrapped(
+def _tested(
     first: Measure, second: Measure, cases: int, groups: Sequence[str] | None, settings: Settings
-) -> Comparison:
-    return bootstrap_difference(
+) -> tuple[Comparison, str]:
+    if first.ranked and second.ranked and groups is None:
+        try:
+            return delong_test(first.ranked[0], first.ranked[1], second.ranked[1]), "delong"
+        except Undefined:  # without variance; too few cases are so for the bootstrap too
+            pass
+    found = bootstrap_difference(
         first.statistic, second.statistic, cases, groups=groups, resamples=settings.resamples, seed=settings.seed
     )
+    return found, "bootstrap"
 
 
 def _grouped(table: Table) -> list[str] | None:

@@ -85,11 +85,12 @@ class FrozenEvaluation:
         train, val = self._embedded(self.train, "train"), self._embedded(self.val, "val")
         found: dict[str, float] = {}
         y, truth, groups = self.train.labels, self.val.labels, groups_of(self.train.cases)
+        classes = int(max(y.max(), truth.max(), 1)) + 1 if y.dim() == 1 else None  # of either source
         for name in self.features:
             x, queries = train.vectors[name], val.vectors[name]
             scores = {
-                "linear": fit_linear_probe(x, y, seed=self.seed, groups=groups).probabilities(queries),
-                "knn": knn(x, y, queries, k=self.neighbours),
+                "linear": fit_linear_probe(x, y, classes=classes, seed=self.seed, groups=groups).probabilities(queries),
+                "knn": knn(x, y, queries, k=self.neighbours, classes=classes),
             }
             for probe, probabilities in scores.items():
                 found[f"{name}_{probe}"] = self._judged(name, probe, self.val.cases, truth, probabilities)
@@ -98,7 +99,18 @@ class FrozenEvaluation:
                 crossed = self._crossed(torch.cat([x, queries]), known, groups_of(cases))
                 found[f"{name}_cross"] = self._judged(name, "cross", cases, known, crossed)
             if self.shots and y.dim() == 1:
-                few = few_shot(x, y, queries, truth, mean_auroc, k=self.shots, draws=self.draws, seed=self.seed, l2=0.1)
+                few = few_shot(
+                    x,
+                    y,
+                    queries,
+                    truth,
+                    mean_auroc,
+                    k=self.shots,
+                    draws=self.draws,
+                    seed=self.seed,
+                    groups=groups,
+                    l2=0.1,
+                )
                 drawn = [{"case": f"draw {i}"} for i in range(self.draws)]
                 self._write(name, "few_shot", drawn, {"auroc": torch.tensor(few.values)})
                 found |= {

@@ -56,6 +56,13 @@ class LowRank(nn.Module):
         """The adapted weight, of the same shape and type."""
         return self.combined(weight) if self.merged is None else self.merged
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Take merging back: what was merged is of the weights before."""
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.merged is not None:
+            self.merged = None
+            self.requires_grad_(True)
+
     def combined(self, weight: Tensor) -> Tensor:
         """Base and change together; the change is made in float32 under autocast too, as merging makes it."""
         with torch.autocast(weight.device.type, enabled=False):
@@ -117,9 +124,16 @@ def unmerge(model: nn.Module) -> None:
 
 
 def bake(model: nn.Module) -> None:
-    """Make adapted layers plain ones again that hold the adapted weights under their former names. Not undone."""
+    """Make adapted layers plain ones again that hold the adapted weights under their former names. Not undone.
+
+    Copies of the network keep their adapters: torch's ``remove_parametrizations`` would change the class they share.
+    """
     for layer, _ in _adapted(model).values():
-        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+        trained = layer.parametrizations["weight"].original.requires_grad
+        weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=trained)
+        layer.__class__ = type(layer).__bases__[0]
+        del layer.parametrizations
+        layer.weight = weight
 
 
 def save_lora(model: nn.Module, path: str | Path) -> None:

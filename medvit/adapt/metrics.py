@@ -58,13 +58,17 @@ def mean_auroc(labels: ArrayLike, scores: ArrayLike) -> float:
     Args:
         labels: class numbers ``(N,)``; or ``(N, C)`` of 0 and 1, several labels, of which those that are the same in
             all cases are left out of the mean.
-        scores: higher is likelier.
+        scores: higher is likelier; ``(N,)``: of the second of two classes.
 
     Raises:
         Undefined: a class that no case has, or no label that tells cases apart.
-        ValueError: see :func:`check_binary`.
+        ValueError: a class without scores; see :func:`check_binary`.
     """
     y, s = np.asarray(labels), np.asarray(scores)
+    if s.ndim == 1:
+        return auroc(y, s)
+    if y.ndim == 1 and y.size and y.max() >= s.shape[1]:
+        raise ValueError(f"every class needs a column of scores, got {s.shape[1]} of them and the class {y.max()}")
     if y.ndim == 2:
         told = [(truth, score) for truth, score in zip(y.T, s.T, strict=True) if 0 < truth.sum() < len(truth)]
         if not told:

@@ -67,9 +67,8 @@ def bootstrap(
         method: ``"percentile"``, or ``"bca"``: corrected for bias and skewness by a jackknife over cases or groups.
 
     Raises:
-        ValueError: fewer than two cases or groups; values out of range; more than one draw in ten undefined; BCa where
-            it has no value.
-        Undefined: the statistic of all cases.
+        ValueError: fewer than two cases or groups; values out of range; BCa where it has no value.
+        Undefined: the statistic of all cases, or more than one draw in ten.
 
     Source: Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), chapters 13 and 14.
     """
@@ -162,7 +161,7 @@ def _draws(statistic: Statistic, units: _Units, resamples: int, seed: int) -> Fl
             except Undefined as error:
                 undefined += 1
                 if undefined > MOST_UNDEFINED * resamples:
-                    raise ValueError(
+                    raise Undefined(
                         f"more than one draw in ten is undefined ({error}): too few cases of a class for an interval"
                     ) from error
     return values
@@ -266,8 +265,8 @@ def delong_test(labels: ArrayLike, first: ArrayLike, second: ArrayLike, level: f
         level: coverage.
 
     Raises:
-        Undefined, ValueError: see :func:`delong`; unequal AUROCs without variance (of two runs that both order the
-            cases perfectly, one of them upside down).
+        Undefined: see :func:`delong`; unequal AUROCs without variance, such as of a perfect and a constant run.
+        ValueError: see :func:`delong`.
     """
     _check_choices(level, 100)
     found = delong(labels, np.stack([np.asarray(first), np.asarray(second)]))
@@ -276,7 +275,7 @@ def delong_test(labels: ArrayLike, first: ArrayLike, second: ArrayLike, level: f
     variance = float(contrast @ found.covariance @ contrast)
     if variance <= 1e-15:  # what is left of equal numbers by rounding
         if abs(difference) > 1e-7:
-            raise ValueError(f"DeLong's test needs a variance, got 0 at a difference of {difference:.4g}")
+            raise Undefined(f"DeLong's test needs a variance, got 0 at a difference of {difference:.4g}")
         return Comparison(difference, difference, difference, 1.0)
     reach = _reach(variance, level)
     p = float(2 * stats.norm.sf(abs(difference) / variance**0.5))

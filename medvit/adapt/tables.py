@@ -90,7 +90,7 @@ class Table:
         return self.take([i for i, name in enumerate(self._filled("split")) if name == split])
 
     def in_order_of(self, other: Table) -> Table:
-        """The same cases in the order of another table.
+        """The same cases in the order of another table, and columns of its names in its order.
 
         Raises:
             UnreadableFile: other cases, or other groups of them, or groups in one table only.
@@ -102,7 +102,8 @@ class Table:
                     self.path, f"must hold the cases of {other.path}; it {which} {some(missing)}, {len(missing)} in all"
                 )
         place = {case: i for i, case in enumerate(self.cases)}
-        table = self.take([place[case] for case in other.cases])
+        columns = {name: self.columns[name] for name in [*other.columns, *self.columns] if name in self.columns}
+        table = Table(self.path, columns, self.lines).take([place[case] for case in other.cases])
         if table.groups != other.groups:
             raise UnreadableFile(self.path, f"must have the groups of {other.path}; {_differing(table, other)}")
         return table

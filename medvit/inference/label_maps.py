@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,18 @@ def paired(found: str | Path, truth: str | Path) -> dict[str, tuple[Path, Path]]
     """The two label maps of each case, by the name of the reference.
 
     Args:
-        found: folder of predictions, NIfTI or PNG, named as their references, or with ``_seg`` behind.
+        found: folder of predictions, NIfTI or PNG, in folders and named as their references, or with ``_seg`` behind;
+            where any file ends so, such as in what ``medvit predict`` writes, others are no predictions.
         truth: folder of references.
 
     Raises:
         NothingFound: no reference, one without a prediction, or a prediction without one.
+        UnreadableFile: two files of one case.
     """
-    theirs = _files(Path(truth))
-    ours = {case if case in theirs else case.removesuffix(WRITTEN): file for case, file in _files(Path(found)).items()}
+    theirs = _by_case((case, file) for case, file in _files(Path(truth)))
+    files = _files(Path(found))
+    written = [(case, file) for case, file in files if case.endswith(WRITTEN)] or files
+    ours = _by_case((case if case in theirs else case.removesuffix(WRITTEN), file) for case, file in written)
     if not theirs:
         raise NothingFound(f"{truth}: holds no label maps; give a folder of {', '.join(SUFFIXES)} files")
     for held, wanted, folder in ((ours, theirs, found), (theirs, ours, truth)):
@@ -56,8 +61,20 @@ def read_pair(found: Path, truth: Path) -> tuple[Tensor, Tensor, tuple[float, ..
     return first, second, spacing[:2] if flat else spacing
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    return {stem(file): file for file in sorted(folder.glob("*")) if file.name.lower().endswith(SUFFIXES)}
+def _files(folder: Path) -> list[tuple[str, Path]]:
+    files = [file for file in sorted(folder.rglob("*")) if file.name.lower().endswith(SUFFIXES)]
+    return [((file.relative_to(folder).parent / stem(file)).as_posix(), file) for file in files]
+
+
+def _by_case(files: Iterable[tuple[str, Path]]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for case, file in files:
+        if case in found:
+            raise UnreadableFile(
+                file, f"is a second label map of the case {case}, beside {found[case]}; leave one of them"
+            )
+        found[case] = file
+    return found
 
 
 def _labels(volume: Volume, file: Path) -> Tensor:

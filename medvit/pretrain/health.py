@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from medvit.adapt.metrics import Undefined
+
 # vectors (N, D) and labels (N,) to learn from, vectors (M, D) to judge; probabilities (M, classes)
 Probe = Callable[[Tensor, Tensor, Tensor], Tensor]
 Metric = Callable[[Tensor, Tensor], float]
@@ -67,9 +69,10 @@ class FeatureHealth:
         limit: images taken of each source, drawn once with ``seed``.
         batch_size: images embedded at a time.
         seed: see ``limit``.
+        prefix: of all names in the log, where several speak of one run.
 
     Raises:
-        ValueError: probes without ``val`` or ``metric``.
+        ValueError: probes without labels, ``val`` or ``metric``.
     """
 
     def __init__(
@@ -83,12 +86,15 @@ class FeatureHealth:
         limit: int = 1000,
         batch_size: int = 128,
         seed: int = 0,
+        prefix: str = "",
     ):
         if probes and (val is None or metric is None):
             raise ValueError("probes need val, to be scored on, and metric, which scores them")
+        if probes and any(getattr(source, "labels", True) is None for source in (train, val)):
+            raise ValueError("probes need train and val with labels; give their source labels, or leave out the probes")
         self.train, self.val, self.view = train, val, view
         self.probes, self.metric = dict(probes or {}), metric
-        self.limit, self.batch_size, self.seed = limit, batch_size, seed
+        self.limit, self.batch_size, self.seed, self.prefix = limit, batch_size, seed, prefix
 
     def __call__(self, objective: nn.Module) -> dict[str, float]:
         """The numbers; modes of all modules and the random generators are as before."""
@@ -102,7 +108,7 @@ class FeatureHealth:
                 found |= {
                     name: self._scored(probe, vectors, labels, queries, truth) for name, probe in self.probes.items()
                 }
-        return found
+        return {f"{self.prefix}{name}": value for name, value in found.items()}
 
     def _images(self, source: Any) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self.seed)
@@ -137,7 +143,10 @@ class FeatureHealth:
             return math.nan
         scores = probe(vectors, labels, queries)
         two_classes = truth.dim() == 1 and scores.shape[1:] == (2,)
-        return float(self.metric(truth, scores[:, 1] if two_classes else scores))
+        try:
+            return float(self.metric(truth, scores[:, 1] if two_classes else scores))
+        except Undefined:  # such as of a sample with one class; no reason to stop a training
+            return math.nan
 
 
 def images_of(batch: Mapping[str, Tensor]) -> Tensor:

@@ -27,7 +27,7 @@ class CachedImages:
         key: what batches call the images.
 
     Raises:
-        ValueError: no cases, shapes that differ, or values outside of [0, 1].
+        ValueError: no cases, one without a label, shapes that differ, or values outside of [0, 1].
     """
 
     def __init__(
@@ -40,6 +40,8 @@ class CachedImages:
     ):
         if not cases:
             raise ValueError("there are no cases to cache; check split and the other conditions on the table")
+        if labels is not None and (without := [case for case in cases if labels not in case]):
+            raise ValueError(f"every case needs the label {labels!r}, {without[0].get('image')} has none")
         self.cases, self.key = list(cases), key
         first = self._bytes(self.cases[0], transform)
         self.images = torch.empty((len(self.cases), *first.shape), dtype=torch.uint8)
@@ -156,16 +158,30 @@ class WholeView:
 
     Args:
         size, mean, std, key: see :class:`RandomViews`.
+        middle: fraction of each side that is seen, about the middle; 1: all.
+
+    Raises:
+        ValueError: a fraction not in (0, 1].
     """
 
-    def __init__(self, size: int | Sequence[int], *, mean: float = 0.5, std: float = 0.25, key: str = "image"):
-        self.size, self.mean, self.std, self.key = size, mean, std, key
+    def __init__(
+        self,
+        size: int | Sequence[int],
+        *,
+        mean: float = 0.5,
+        std: float = 0.25,
+        middle: float = 1.0,
+        key: str = "image",
+    ):
+        if not 0 < middle <= 1:
+            raise ValueError(f"middle must be a fraction in (0, 1], got {middle}; use 1")
+        self.size, self.mean, self.std, self.middle, self.key = size, mean, std, middle, key
 
     def __call__(self, images: Tensor) -> Tensor:
         """``(B, C, *spatial)``, uint8 or in [0, 1], to float32 ``(B, C, *size)``."""
         count, rank = len(images), images.dim() - 2
-        low = torch.zeros(count, rank, device=images.device)
-        views = crop(to_unit(images), low, low + 1, ntuple(self.size, rank, "size"))
+        low = torch.full((count, rank), (1 - self.middle) / 2, device=images.device)
+        views = crop(to_unit(images), low, 1 - low, ntuple(self.size, rank, "size"))
         return (views - self.mean) / self.std
 
 

@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrize import ParametrizationList
 
+from medvit.errors import OutputError
+
 PARALLEL = ("ddp", "fsdp")
 
 
@@ -58,6 +60,27 @@ class World:
         total = values.clone()
         dist.all_reduce(total)
         return total / self.size
+
+    def require_same(self, number: int, what: str) -> None:
+        """Refuse processes that do not find the same.
+
+        Raises:
+            OutputError: they do not; names all they found.
+        """
+        if self.size == 1:
+            return
+        found: list[int] = [0] * self.size
+        dist.all_gather_object(found, number)
+        if len(set(found)) > 1:
+            raise OutputError(f"{what} must be the same for all processes, which found {found}; give them one folder")
+
+    def from_first(self, number: int) -> int:
+        """The number that the first process has."""
+        if self.size == 1:
+            return number
+        held = [number]
+        dist.broadcast_object_list(held, 0)
+        return held[0]
 
     def share(self, module: nn.Module, parallel: str) -> nn.Module:
         """What to call instead of ``module`` so that gradients are means over the processes; itself if there is one.

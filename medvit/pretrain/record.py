@@ -30,11 +30,15 @@ class Record:
         self._since, self._seen = time.perf_counter(), 0
         self._bar: Any = None
 
-    def open(self, step: int) -> None:
-        """Begin at ``step``: lines of later steps, from a run that was killed after it saved, are dropped."""
+    def open(self, step: int) -> int:
+        """Begin at ``step``: lines of later steps, from a run that was killed before it saved, are dropped.
+
+        Returns:
+            The step of the last line that stays, 0 if there is none.
+        """
         self._since = time.perf_counter()
         if not self.active:
-            return
+            return 0
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "log.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -49,6 +53,7 @@ class Record:
             self._bar = Progress(*Progress.get_default_columns()[:3], *columns, transient=True)
             self._bar.start()
             self._task = self._bar.add_task("train", total=self.steps, completed=step, said="")
+        return int(_step_of(kept[-1])) if kept and step else 0
 
     def advance(self, images: int) -> None:
         """A step over ``images`` images is done."""

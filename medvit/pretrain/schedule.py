@@ -95,6 +95,11 @@ def as_schedule(value: float | Schedule) -> Schedule:
     return value if callable(value) else Constant(float(value))
 
 
+def sampled(schedule: Schedule) -> list[float]:
+    """Its values at nine points of a run, which tell it from others."""
+    return [float(schedule(i / 8)) for i in range(9)]
+
+
 def scaled_rate(base: float, batch_size: int, *, reference: int = 256, rule: str = "linear") -> float:
     """Learning rate for a batch, from the rate published for a batch of ``reference``.
 

@@ -136,5 +136,10 @@ def write_table(path: Path, cases: Sequence[Mapping[str, Any]], values: Mapping[
         names = [name for name in ("case", "group") if name in cases[0]]
         table.writerow([*names, *values])
         for case, *row in zip(cases, *(column.tolist() for column in values.values()), strict=True):
-            table.writerow([*(case[n] for n in names), *("" if math.isnan(value) else f"{value:.6g}" for value in row)])
+            table.writerow(
+                [
+                    *(case[n] for n in names),
+                    *("" if math.isnan(value) else repr(value).removesuffix(".0") for value in row),
+                ]
+            )
     part.replace(path)

@@ -125,12 +125,18 @@ class _Items:
 
     def _item(self, source: Any, key: Key) -> dict[str, Tensor]:
         seed_everything(self.seed, ITEM, *key)
-        transform = getattr(source, "transform", None)
-        if transform is not None and hasattr(
-            transform, "set_random_state"
-        ):  # MONAI's transforms have generators of their own
-            transform.set_random_state(seed=random.getrandbits(32))
+        _seed_transforms(source)
         return {name: _plain(value) for name, value in source[key.item].items() if _is_number(value)}
+
+
+def _seed_transforms(source: Any) -> None:
+    """MONAI's transforms have generators of their own; those of a data set, and of the ones that it is made of."""
+    transform = getattr(source, "transform", None)
+    if hasattr(transform, "set_random_state"):
+        transform.set_random_state(seed=random.getrandbits(32))  # type: ignore[union-attr]
+    for inner in (getattr(source, "dataset", None), *getattr(source, "datasets", ())):  # Subset, ConcatDataset
+        if inner is not None:
+            _seed_transforms(inner)
 
 
 def _is_number(value: Any) -> bool:

@@ -7,6 +7,7 @@ the number of the step.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -19,11 +20,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from medvit.errors import OutputError
 from medvit.pretrain.checkpoint import Checkpoints, export, plain_state
 from medvit.pretrain.optimizer import adamw, parameter_groups, set_rates
 from medvit.pretrain.processes import World, accumulating, gathered, like, whole
 from medvit.pretrain.record import Record, logger, memory_mb
-from medvit.pretrain.schedule import Schedule, as_schedule, progress_of
+from medvit.pretrain.schedule import Schedule, as_schedule, progress_of, sampled
 from medvit.pretrain.stream import BATCH, Stream, seed_everything
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -78,6 +80,7 @@ class Trainer:
 
     Raises:
         ValueError: settings that do not fit.
+        TypeError: a description that JSON cannot hold.
     """
 
     def __init__(
@@ -114,6 +117,8 @@ class Trainer:
     ):
         self.world = World(device)
         _check(precision, parallel, batch_size, accumulate, self.world.size)
+        _check_intervals(save_every=save_every, log_every=log_every, patience=patience)
+        json.dumps(description)  # now, not at the first state
         sources = list(data) if isinstance(data, list | tuple) else [data]
         self.stream = Stream(
             sources,
@@ -137,9 +142,15 @@ class Trainer:
             "steps": self.steps,
             "batch_size": batch_size,
             "accumulate": accumulate,
+            "precision": precision,
+            "learning_rate": sampled(self.learning_rate),
+            "weight_decay": sampled(self.weight_decay),
+            "betas": list(self.betas),
+            "eps": eps,
+            "clip": clip,
             "trained_parameters": sum(p.numel() for p in objective.parameters() if p.requires_grad),
+            "items": [len(source) for source in sources],
         }
-        settings["items"] = [len(source) for source in sources]
         self.checkpoints = Checkpoints(self.output_dir / "checkpoints", keep, settings)
 
     def run(self) -> dict[str, float]:
@@ -173,49 +184,59 @@ class _Run:
         self.optimizer = adamw(trainer.groups(self.objective), trainer.betas, trainer.eps)
         self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=trainer.precision == torch.float16)
         self.record = Record(trainer.output_dir, trainer.steps, self.world.rank == 0)
-        self.step, self.bad, self.skipped = 0, 0, 0
+        self.step, self.bad, self.skipped, self.norm = 0, 0, 0, math.nan
         self.sums: dict[str, tuple[Tensor, int]] = {}
+        self.recent: dict[tuple[str, ...], dict[str, Tensor]] = {}  # the last batch of each kind, for pictures
 
     def go(self) -> dict[str, float]:
         """See :meth:`Trainer.run`."""
         t = self.t
-        if t.resume and (state := t.checkpoints.latest()) is not None:
+        state = t.checkpoints.latest() if t.resume else None
+        self.world.require_same(-1 if state is None else state["step"], f"the newest state in {t.checkpoints.folder}")
+        if state is not None:
             self.restore(state)
         elif self.world.rank == 0:
             t.checkpoints.clear()
         self.objective.train()
-        self.record.open(self.step)
+        logged = self.world.from_first(self.record.open(self.step))
         last: dict[str, float] = {}
+        if self.step > logged:  # what came after the state, such as the watchers' tables, is missing
+            last = self.tell() or last
         pin = self.world.device.type == "cuda"
         batches = t.stream.batches(self.step * t.accumulate, t.steps * t.accumulate, pin_memory=pin)
         try:
             while self.step < t.steps:
-                batch = self.update(batches)
-                last = self.after_update(batch) or last
+                self.update(batches)
+                last = self.after_update() or last
         finally:
             self.record.close()
         return last
 
-    def update(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """One optimizer step; returns the last batch it used."""
+    def update(self, batches: Iterator[dict[str, Tensor]]) -> None:
+        """One optimizer step."""
         t, progress = self.t, progress_of(self.step, self.t.steps)
         set_rates(self.optimizer, t.learning_rate, t.weight_decay, progress)
         values: list[dict[str, Tensor]] = []
-        batch: dict[str, Tensor] = {}
+        before = [(buffer, buffer.clone()) for buffer in self.objective.buffers()]
         for part, loaded in enumerate(islice(batches, t.accumulate)):
             batch = {key: value.to(self.world.device, non_blocking=True) for key, value in loaded.items()}
             number = self.step * t.accumulate + part
             seed_everything(t.seed, BATCH, number, self.world.rank)
             if t.augment is not None:
                 batch = dict(t.augment(batch))
+            self.recent[tuple(sorted(batch))] = batch
             values.append(self.backward(batch, progress, last=part == t.accumulate - 1))
         means = {
             key: torch.stack([v[key] for v in values if key in v]).mean() for key in {k for v in values for k in v}
         }
-        self.apply(means, progress)
+        if not self.apply(means, progress):
+            with torch.no_grad():  # statistics and centres have seen what was not finite
+                for buffer, kept in before:
+                    buffer.copy_(kept)
+        if self.bad >= t.patience:
+            self.give_up(float(means["loss"]))
         self.step += 1
         self.record.advance(t.batch_size)
-        return batch
 
     def backward(self, batch: dict[str, Tensor], progress: float, *, last: bool) -> dict[str, Tensor]:
         """Add the gradient of one batch; its losses, float32 and detached."""
@@ -227,8 +248,8 @@ class _Run:
         named = {"loss": losses.loss, **losses.parts}
         return {key: value.detach().float().mean() for key, value in named.items()}
 
-    def apply(self, means: dict[str, Tensor], progress: float) -> None:
-        """Update the weights, unless loss or gradient are not finite."""
+    def apply(self, means: dict[str, Tensor], progress: float) -> bool:
+        """Update the weights, unless loss or gradient are not finite; whether it did."""
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.t.clip is not None:
@@ -237,8 +258,7 @@ class _Run:
         names = sorted(means)
         averaged = self.world.mean(torch.stack([means[name].to(norm.device) for name in names]))
         means = dict(zip(names, averaged.unbind(), strict=True))
-        # with a scaler an overflow is business as usual: it skips the step and lowers its factor
-        healthy = bool(means["loss"].isfinite()) and (self.scaler.is_enabled() or bool(norm.isfinite()))
+        healthy = bool(means["loss"].isfinite()) and bool(norm.isfinite())
         if healthy:
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -247,21 +267,24 @@ class _Run:
             self.bad = 0
             self.count({**means, "grad_norm": norm})
         else:
-            self.bad, self.skipped = self.bad + 1, self.skipped + 1
+            self.skipped += 1
+            # an overflow with a scaler is business as usual, until its factor has nothing left to give
+            if not self.scaler.is_enabled() or self.scaler.get_scale() <= 1:
+                self.bad += 1
             self.scaler.update(self.scaler.get_scale() / 2) if self.scaler.is_enabled() else None
         self.optimizer.zero_grad(set_to_none=True)
-        if self.bad >= self.t.patience:
-            self.give_up(float(means["loss"]), float(norm))
+        self.norm = float(norm)
+        return healthy
 
-    def give_up(self, loss: float, norm: float) -> None:
+    def give_up(self, loss: float) -> None:
         """Save what there is and raise."""
         self.bad = 0  # or the saved state would stop again at once
         self.step += 1
         self.save()
         raise NotFinite(
             f"step {self.step}: the loss or the gradient was not finite for {self.t.patience} steps in a row "
-            f"(loss {loss}, norm {norm}); the state before them is saved in {self.t.checkpoints.folder}. Lower the "
-            "learning rate, set clip=1.0, or use precision='bfloat16' instead of 'float16'; check the images for NaN"
+            f"(loss {loss}, norm {self.norm}); the state before them is saved in {self.t.checkpoints.folder}. Lower "
+            "the learning rate, set clip=1.0, use precision='bfloat16' instead of 'float16'; check the images for NaN"
         )
 
     def count(self, values: Mapping[str, Tensor]) -> None:
@@ -270,19 +293,23 @@ class _Run:
             total, count = self.sums.get(key, (torch.zeros_like(value), 0))
             self.sums[key] = total + value, count + 1
 
-    def after_update(self, batch: dict[str, Tensor]) -> dict[str, float] | None:
-        """Log, watch and save, where it is time to; what the log says, if it does."""
-        t, step = self.t, self.step
-        end = step == t.steps
-        save = end or step % t.save_every == 0
-        watch = end or (t.watch_every > 0 and step % t.watch_every == 0)
-        line = self.line() if save or watch or step % t.log_every == 0 else None
-        if watch and line is not None:
-            line |= self.watch(batch)
-        if line is not None:
-            self.record.write(step, line)
-        if save:
+    def after_update(self) -> dict[str, float] | None:
+        """Save, watch and log, where it is time to; what the log says, if it does."""
+        saved = self.step == self.t.steps or self.step % self.t.save_every == 0
+        if saved:  # first: a watcher may fail, and the next run of the command then calls it again
             self.save()
+        return self.tell() if saved or self.watches() or self.step % self.t.log_every == 0 else None
+
+    def watches(self) -> bool:
+        """Whether it is time to."""
+        return self.step == self.t.steps or (self.t.watch_every > 0 and self.step % self.t.watch_every == 0)
+
+    def tell(self) -> dict[str, float]:
+        """Watch, where it is time to, and log."""
+        line = self.line()
+        if self.watches():
+            line |= self.watch()
+        self.record.write(self.step, line)
         return line
 
     def line(self) -> dict[str, float]:
@@ -300,7 +327,7 @@ class _Run:
             **({"skipped": self.skipped} if self.skipped else {}),
         }
 
-    def watch(self, batch: dict[str, Tensor]) -> dict[str, float]:
+    def watch(self) -> dict[str, float]:
         """Ask the watchers, and save pictures; every process does, since a sharded network needs them all."""
         seen: dict[str, float] = {}
         self.objective.eval()
@@ -309,7 +336,8 @@ class _Run:
                 seen |= watcher(self.objective)
             draw = getattr(self.objective, "pictures", None)
             if draw is not None:
-                self.record.pictures(self.step, draw(batch))
+                for batch in self.recent.values():
+                    self.record.pictures(self.step, draw(batch))
         self.objective.train()
         return seen
 
@@ -326,16 +354,22 @@ class _Run:
         )
         exports = {name: whole(plain_state(module)) for name, module in self.exports.items()}
         if self.world.rank == 0:
-            self.t.checkpoints.save(self.step, state)
             note = {**self.t.description, **self.t.checkpoints.settings, "step": self.step}
             for name, weights in exports.items():
                 export(weights, self.t.output_dir / f"{name}.safetensors", note)
+            self.t.checkpoints.save(self.step, state)  # last: a run killed before goes on from an earlier one
         if self.world.size > 1:
             dist.barrier()
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
         own = self.objective.state_dict()
+        if own.keys() != state["objective"].keys():
+            differ = sorted(own.keys() ^ state["objective"].keys())
+            raise OutputError(
+                f"{self.t.checkpoints.folder}: of a run of another objective or network, whose state has other tensors "
+                f"({', '.join(differ[:3])}); take another output_dir, or resume=False"
+            )
         self.objective.load_state_dict({key: like(value, own[key]) for key, value in state["objective"].items()})
         optimizer = state["optimizer"]
         flat = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -358,6 +392,12 @@ def _check(precision: str, parallel: str, batch_size: int, accumulate: int, worl
             f"batch_size must be a multiple of accumulate x processes = {accumulate} x {world}, got {batch_size}; "
             f"use {max(round(batch_size / max(share, 1)), 1) * share}"
         )
+
+
+def _check_intervals(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}; to save or log at the end only give many")
 
 
 def _steps(steps: int | None, epochs: float | None, stream: Stream, accumulate: int) -> int:

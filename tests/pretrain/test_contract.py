@@ -65,6 +65,12 @@ def test_a_killed_run_goes_on_bit_for_bit(images, tmp_path, task):
     assert lines(tmp_path / "whole") == lines(tmp_path / "killed")
 
 
+def test_pictures_are_of_every_kind_of_batch(images, tmp_path):
+    make(tmp_path, task="uni4eye", images=images, accumulate=1, batch_size=8, steps=2).run()
+    names = {path.name.removesuffix("-000000002.png") for path in (tmp_path / "pictures").iterdir()}
+    assert {name.split("_")[0] for name in names} == {"image2d", "image3d"}
+
+
 @pytest.fixture(scope="module")
 def in_two(images, tmp_path_factory):
     """Runs of every objective in two processes: settled under DDP, and with all its draws under DDP and FSDP2."""

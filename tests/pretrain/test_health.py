@@ -7,6 +7,7 @@ from scipy.stats import entropy
 from torch import nn
 from training_synthetic import Encoder
 
+from medvit.adapt.metrics import auroc
 from medvit.pretrain.health import FeatureHealth, assignment_entropy, dead_dimensions, effective_rank
 
 
@@ -113,7 +114,20 @@ def test_vectors_that_are_not_finite_give_no_number():
     assert math.isnan(found["centre"]) and math.isnan(found["effective_rank"])
 
 
+def test_a_sample_with_one_class_gives_no_number_and_stops_nothing():
+    source = Source(8)
+    source.labels = torch.zeros(8, dtype=torch.int64)
+    probes = {"constant": lambda x, y, queries: torch.full((len(queries), 2), 0.5)}
+    check = FeatureHealth(source, nn.Identity(), val=source, probes=probes, metric=auroc, prefix="image2d_")
+    found = check(Objective())
+    assert math.isnan(found["image2d_constant"]) and found["image2d_effective_rank"] > 1
+
+
 def test_probes_need_something_to_be_scored_on():
+    unlabelled = Source(4)
+    unlabelled.labels = None
+    with pytest.raises(ValueError, match="probes need train and val with labels"):
+        FeatureHealth(Source(4), nn.Identity(), val=unlabelled, probes={"centre": nearest_centre}, metric=accuracy)
     with pytest.raises(ValueError, match="probes need val"):
         FeatureHealth(Source(4), nn.Identity(), probes={"centre": nearest_centre}, metric=accuracy)
 

@@ -117,6 +117,20 @@ def test_each_image_is_decoded_once_and_kept_as_bytes():
     torch.testing.assert_close(to_unit(batch["image2d"])[1], torch.full((1, 2, 2), 64 / 255))
 
 
+def test_cases_without_a_label_are_told_before_anything_is_decoded():
+    cases = [{"image": "a", "label": 1}, {"image": "b"}]
+    with pytest.raises(ValueError, match="every case needs the label 'label', b has none"):
+        CachedImages(cases, lambda case: 1 / 0, labels="label")
+
+
+def test_a_view_of_the_middle():
+    image = torch.arange(64.0).reshape(1, 1, 8, 8) / 64
+    made = WholeView(4, mean=0.0, std=1.0, middle=0.5)(image)
+    torch.testing.assert_close(made, image[..., 2:6, 2:6])
+    with pytest.raises(ValueError, match=r"middle must be a fraction in \(0, 1\], got 1.5"):
+        WholeView(4, middle=1.5)
+
+
 @pytest.mark.parametrize(
     ("images", "message"),
     [

@@ -141,7 +141,7 @@ def test_structures_are_scored_case_by_case_in_mm(tmp_path):
     )(objective)
     # of one: two voxels and one of them, of two: one voxel and it with a neighbour; centres are 0.5 mm apart
     names = ["one", "two", "surface_dice_one", "surface_dice_two", "hd95_one", "hd95_two"]
-    first = dict(zip(names, ["0.666667", "0.666667", "0.666667", "0.666667", "0.475", "0.475"], strict=True))
+    first = dict(zip(names, [*[repr(2 / 3)] * 4, "0.475", "0.475"], strict=True))
     second = dict(zip(names, ["1", "", "1", "", "0", ""], strict=True))
     assert rows(tmp_path / "dice.csv") == [{"case": "a", **first}, {"case": "b", **second}]
     plain = Cases([{"image": image, "label": labels[0]}])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import ConcatDataset, Subset
 
 from medvit.pretrain.stream import Stream, seed_everything
 
@@ -70,7 +71,15 @@ def test_order_differs_between_epochs_seeds_and_sources():
     assert orders(3) == orders(3)
 
 
-@pytest.mark.parametrize("source", [Items, Transformed])
+def some_of(count):
+    return Subset(Transformed(count + 2), range(count))
+
+
+def one_after_the_other(count):
+    return ConcatDataset([Transformed(4), some_of(count - 4)])
+
+
+@pytest.mark.parametrize("source", [Items, Transformed, some_of, one_after_the_other])
 def test_items_draw_the_same_numbers_wherever_they_are_loaded(source):
     stream = Stream([source(10)], 4, seed=2)
     whole = list(stream.batches(0, 6))

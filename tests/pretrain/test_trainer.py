@@ -1,10 +1,11 @@
 import json
 import math
+import socket
 
 import pytest
 import torch
 from torch import nn
-from training_synthetic import Noisy, Toy, assert_same, lines, make, state, train_in_two, train_killed
+from training_synthetic import Noisy, Toy, assert_same, lines, make, start, state, train_in_two, train_killed
 
 from medvit import create_model
 from medvit.errors import OutputError
@@ -172,6 +173,102 @@ def test_too_many_of_them_stop_the_run_with_a_state(tmp_path):
     assert all(v.isfinite().all() for v in state(tmp_path, 5)["objective"].values())
 
 
+class Averaging(Sick):
+    """Its buffer has seen what was not finite before the loss is known."""
+
+    def __init__(self, calls):
+        super().__init__(calls)
+        self.register_buffer("centre", torch.zeros(12))
+
+    def forward(self, batch, progress):
+        losses = super().forward(batch, progress)
+        vector = self.encoder.embed(batch["image"]).mean(0).detach()
+        self.centre.lerp_(vector * (math.nan if self.seen in self.calls else 1), 0.5)
+        return losses
+
+
+def test_a_skipped_step_leaves_no_trace_in_buffers(tmp_path):
+    sick = Averaging({3})
+    result = Trainer(sick, Noisy(), output_dir=tmp_path, batch_size=4, steps=6, device="cpu").run()
+    assert result["skipped"] == 1 and math.isfinite(result["loss"])
+    assert sick.centre.isfinite().all() and sick.centre.any()
+
+
+def test_half_precision_that_never_gets_finite_is_counted_and_stops(tmp_path):
+    sick = Sick(set(range(1, 99)), gradient=True)
+    settings = {"batch_size": 4, "steps": 60, "device": "cpu", "patience": 3, "precision": "float16"}
+    trainer = Trainer(sick, Noisy(), output_dir=tmp_path, **settings)
+    with pytest.raises(NotFinite, match=r"step 19: .* 3 steps in a row"):  # 16 halve the factor of 65536 to 1
+        trainer.run()
+    assert state(tmp_path, 19)["skipped"] == 19 and int(sick.updates) == 0
+
+
+def test_a_watcher_that_fails_costs_nothing_and_is_called_again(tmp_path):
+    def failing(objective):
+        raise RuntimeError("no such file")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no such file"):
+            make(tmp_path, watchers=[failing]).run()
+        assert state(tmp_path)["step"] == 12 and (tmp_path / "encoder.safetensors").exists()
+    assert make(tmp_path, watchers=[lambda objective: {"seen": 1.0}]).run()["seen"] == 1
+    assert lines(tmp_path)[-1]["step"] == 12 and lines(tmp_path)[-1]["seen"] == 1
+    assert make(tmp_path, watchers=[failing]).run() == {}
+
+
+def test_the_encoder_is_there_before_the_state_that_says_so(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("medvit.pretrain.checkpoint.Checkpoints.save", full)
+        with pytest.raises(OSError, match="no space left"):
+            make(tmp_path, save_every=99).run()
+    assert (tmp_path / "encoder.safetensors").exists() and not (tmp_path / "checkpoints").exists()
+    make(tmp_path, save_every=99).run()
+    assert json.loads((tmp_path / "encoder.safetensors.json").read_text())["step"] == 12
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"learning_rate": 1e-3},
+        {"weight_decay": 0.5},
+        {"betas": (0.1, 0.2)},
+        {"eps": 1.0},
+        {"clip": 1.0},
+        {"precision": "bfloat16"},
+    ],
+)
+def test_no_run_goes_on_with_other_settings(tmp_path, settings):
+    make(tmp_path, steps=2).run()
+    with pytest.raises(OutputError, match=rf"other settings \({next(iter(settings))}: "):
+        make(tmp_path, steps=2, **settings).run()
+
+
+def test_a_state_with_other_tensors_is_refused(tmp_path):
+    make(tmp_path, steps=2).run()
+    trainer = make(tmp_path, steps=2)
+    trainer.objective.register_buffer("centre", torch.zeros(3))
+    with pytest.raises(OutputError, match=r"of another objective or network, .* other tensors \(centre\)"):
+        trainer.run()
+
+
+def test_processes_that_find_different_states_are_refused(tmp_path):
+    """As two machines do that share no folder."""
+    make(tmp_path / "0", steps=4).run()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        start(tmp_path / str(rank), {"steps": 4}, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120)[1].decode() for process in processes]
+    assert all(process.returncode == 1 for process in processes)
+    assert all("must be the same for all processes, which found [4, -1]; give them one folder" in text for text in said)
+
+
 def test_a_state_of_another_run_is_refused(tmp_path):
     make(tmp_path).run()
     with pytest.raises(OutputError, match=r"batch_size: 8 there, 4 now.*seed: 11 there, 12 now"):
@@ -234,11 +331,19 @@ def test_sources_take_turns(tmp_path):
         ({"epochs": 3}, "either steps or epochs"),
         ({"steps": 0}, "at least one step"),
         ({"keep": 0}, "keep must be at least 1"),
+        ({"save_every": 0}, "save_every must be at least 1, got 0"),
+        ({"log_every": 0}, "log_every must be at least 1, got 0"),
+        ({"patience": 0}, "patience must be at least 1, got 0"),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         make(tmp_path, **settings)
+
+
+def test_a_description_must_fit_into_json(tmp_path):
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        make(tmp_path, description={"folder": tmp_path})
 
 
 def test_a_run_that_trained_something_else_is_not_gone_on_with(tmp_path):
