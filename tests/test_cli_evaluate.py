@@ -191,7 +191,8 @@ def test_perfect_separation_is_remarked_upon(tmp_path):
     path.write_text("case_id,label,score\na,0,1\nb,0,2\nc,1,3\nd,1,4\n")
     result = medvit(path)
     assert "1.0000 to 1.0000" in result.stdout
-    assert "DeLong's interval is a point, however few the cases" in said(result)
+    assert "where a metric is 0 or 1 its interval may be a point, however few the cases" in said(result)
+    assert "its interval may be a point" in said(medvit(path, "-m", "sensitivity", "--json", *FAST))
 
 
 @pytest.mark.parametrize(

@@ -207,8 +207,8 @@ def test_what_a_table_cannot_answer(tmp_path):
     with pytest.raises(UnreadableFile, match=r"probabilities must lie in \[0, 1\]"):
         calibration(logits)
     labels = write(tmp_path, label_x=y, score_x=p, label_y=np.zeros(N, int), score_y=p)
-    with pytest.raises(UnreadableFile, match="average_precision of y: average precision needs a positive case"):
-        evaluate(labels, ["average_precision"], FAST)
+    with pytest.raises(UnreadableFile, match="average_precision: average precision needs a positive case, got 60"):
+        evaluate(write(tmp_path, label=np.zeros(N, int), score=p), ["average_precision"], FAST)
     plain = write(tmp_path, dice=p)
     with pytest.raises(UnreadableFile, match="needs labels and scores, has case_id, dice"):
         evaluate(plain, ["auroc"], FAST)
@@ -231,5 +231,40 @@ def test_what_two_tables_cannot_answer(tmp_path):
         compare(table, table.take(range(30, 60)), ["auroc"], FAST)
     perfect = write(tmp_path, label=y, score=y)
     reverse = write(tmp_path, "second.csv", label=y, score=1 - y)
-    with pytest.raises(UnreadableFile, match="auroc: DeLong's test needs a variance"):
-        compare(perfect, reverse, ["auroc"], FAST)
+    (row,) = compare(perfect, reverse, ["auroc"], FAST)  # DeLong's variance is 0
+    assert (row["test"], row["difference"]) == ("bootstrap", 1.0) and row["p"] < 0.01
+    named = write(tmp_path, "second.csv", label=y, score=p, accuracy=p)
+    for pair in ((bare, named), (named, bare)):
+        with pytest.raises(UnreadableFile, match="needs a column accuracy"):
+            compare(*pair, ["accuracy"], FAST)
+
+
+def test_labels_with_too_few_cases_have_a_reason_and_the_others_their_numbers(tmp_path):
+    y, p = binary()
+    rare, never = np.zeros(N, int), np.zeros(N, int)
+    rare[0] = 1
+    columns = {f"label_{n}": v for n, v in {"x": y, "rare": rare, "never": never}.items()}
+    scores = {f"score_{n}": p for n in ("x", "rare", "never")}
+    table = write(tmp_path, **columns, **scores)
+    for metric in ("auroc", "average_precision"):
+        common, single, none, macro = evaluate(table, [metric], FAST)
+        alone = evaluate(write(tmp_path, "x.csv", label=y, score=p), [metric], FAST)[0]
+        assert (common["value"], common["low"]) == pytest.approx((alone["value"], alone["low"]))
+        assert single["value"] is not None and single["low"] is None and "positive" in single["interval"]
+        assert none["value"] is None and none["high"] is None and "positive" in none["interval"]
+        assert macro["value"] == pytest.approx((common["value"] + single["value"]) / 2)
+        assert macro["low"] < macro["value"] < macro["high"]
+    other = write(tmp_path, "second.csv", **columns, **{name: 1 - score for name, score in scores.items()})
+    rows = compare(table, other, ["auroc"], FAST)
+    assert [row["p"] is None for row in rows] == [False, True, True, False]
+    assert [row["p_holm"] is None for row in rows] == [False, True, True, False]
+    assert rows[0]["p_holm"] == pytest.approx(min(2 * rows[0]["p"], 1))
+
+
+def test_columns_may_come_in_another_order(tmp_path):
+    p = binary()[1]
+    names = np.array(["x", "y", "z"])[np.arange(N) % 3]
+    scores = {f"score_{n}": (names == n) * 0.5 + p / 2 for n in "xyz"}
+    table = write(tmp_path, label=names, **scores)
+    turned = write(tmp_path, "second.csv", label=names, **dict(reversed(scores.items())))
+    assert all(row["difference"] == 0 for row in compare(table, turned, ["auroc", "accuracy"], FAST))

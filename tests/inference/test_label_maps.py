@@ -21,12 +21,28 @@ def test_names_tell_what_belongs_together(tmp_path):
     with pytest.raises(NothingFound, match=r"found: needs a label map of every case of the other folder, lacks c$"):
         paired(found, truth)
     for number in range(7):
-        (found / f"d{number}.nii").touch()
+        (found / f"d{number}_seg.nii").touch()
     (truth / "c.nii").unlink()
     with pytest.raises(NothingFound, match=r"truth: needs .* lacks d0, d1, d2, d3, d4, \.\.\.$"):
         paired(found, truth)
     with pytest.raises(NothingFound, match=r"holds no label maps; give a folder of \.nii, \.nii\.gz, \.png files"):
         paired(found, tmp_path / "empty")
+
+
+def test_what_predict_writes_beside_and_below_is_understood(tmp_path):
+    names = ("found/a_seg.nii.gz", "found/a_overlay.png", "found/sub/b_seg.nii.gz", "found/sub/b_overlay.png")
+    for name in (*names, "truth/a.nii.gz", "truth/sub/b.nii.gz", "plain/a.nii", "plain/sub/b.nii"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).touch()
+    found, truth = tmp_path / "found", tmp_path / "truth"
+    assert paired(found, truth) == {
+        "a": (found / "a_seg.nii.gz", truth / "a.nii.gz"),
+        "sub/b": (found / "sub/b_seg.nii.gz", truth / "sub/b.nii.gz"),
+    }
+    assert set(paired(tmp_path / "plain", truth)) == {"a", "sub/b"}
+    (tmp_path / "plain/a.png").touch()
+    with pytest.raises(UnreadableFile, match=r"a\.png: is a second label map of the case a, beside .*a\.nii"):
+        paired(tmp_path / "plain", truth)
 
 
 def test_both_are_read_on_one_grid(tmp_path):
