@@ -157,6 +157,14 @@ def test_what_no_image_holds_is_empty_and_what_one_misses_infinitely_far(folders
     assert "hd95_one of case c1 must be a finite number, got 'inf'" in said(medvit(table, "-m", "hd95_one", code=1))
 
 
+@pytest.mark.parametrize("names", ["one,one", "one,case"])
+def test_names_of_structures_must_make_columns(folders, names):
+    said_so = said(
+        medvit(folders / "right", "--truth", folders / "truth", "--structures", names, "--write", "t.csv", code=2)
+    )
+    assert "must be different names, none of case, case_id, group, label, score, split" in said_so
+
+
 def test_folders_need_names_and_a_file_to_write(folders):
     for options in (("--structures", "one"), ("--write", folders / "t.csv"), ("--structures", ",", "--write", "t.csv")):
         result = medvit(folders / "right", "--truth", folders / "truth", *options, code=2)

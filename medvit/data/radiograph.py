@@ -239,4 +239,6 @@ def _read_raster(path: Path) -> Radiograph:
         if (pixels != pixels[..., :1]).any():
             raise UnreadableSeries(path, "colour", "grey values are needed, but this is a colour image")
         pixels = pixels[..., 0]
+    if pixels.min() == pixels.max():
+        raise UnsuitableImage(f"{path}: blank: every pixel has the same value, {pixels.min():g}")
     return Radiograph(pixels / np.float32(white), volume.source, "full")

@@ -89,6 +89,13 @@ class Classifier(nn.Module):
         if frozen:
             body.requires_grad_(False)
 
+    def train(self, mode: bool = True) -> Classifier:
+        """As of any module; a frozen encoder stays in evaluation mode, or it would drop paths."""
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits; see the class."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):

@@ -206,7 +206,6 @@ def test_what_a_table_cannot_answer(tmp_path):
         evaluate(logits, ["brier"], FAST)
     with pytest.raises(UnreadableFile, match=r"probabilities must lie in \[0, 1\]"):
         calibration(logits)
-    labels = write(tmp_path, label_x=y, score_x=p, label_y=np.zeros(N, int), score_y=p)
     with pytest.raises(UnreadableFile, match="average_precision: average precision needs a positive case, got 60"):
         evaluate(write(tmp_path, label=np.zeros(N, int), score=p), ["average_precision"], FAST)
     plain = write(tmp_path, dice=p)

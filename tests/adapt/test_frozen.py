@@ -1,5 +1,6 @@
 import csv
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -8,7 +9,7 @@ from training_synthetic import Encoder, Told
 from medvit.adapt.embeddings import Embeddings
 from medvit.adapt.frozen import FrozenEvaluation
 from medvit.adapt.metrics import auroc, mean_auroc
-from medvit.adapt.probe import fit_linear_probe, grouped_folds, knn
+from medvit.adapt.probe import few_shot, fit_linear_probe, grouped_folds, knn
 from medvit.models.heads import as_encoder
 
 
@@ -48,6 +49,29 @@ def test_scores_are_those_of_the_probes_on_the_encoders_vectors(tmp_path):
     assert len(draws) == 20 and found["embed_few_shot"] == pytest.approx(sum(draws) / 20)
     assert found["embed_few_shot_low"] < found["embed_few_shot"] < found["embed_few_shot_high"]
     assert found["embed_linear"] > 0.75  # brightness is told
+
+
+def test_shots_are_of_different_patients(tmp_path, monkeypatch):
+    seen = []
+
+    def spied(*args, **options):
+        seen.append(options["groups"])
+        return few_shot(*args, **options)
+
+    monkeypatch.setattr("medvit.adapt.frozen.few_shot", spied)
+    made = evaluation(tmp_path, lambda i: (i // 2) % 2)
+    made.run()
+    assert seen == [[case["group"] for case in made.train.cases]]
+
+
+def test_a_class_of_held_out_cases_alone_is_scored_and_judged(tmp_path):
+    made = evaluation(tmp_path, lambda i: (i // 2) % 2, shots=0)
+    made.val.labels = torch.arange(24) // 2 % 3
+    found = made.run()
+    for probe in ("linear", "knn"):
+        table = rows(tmp_path / f"embed/{probe}.csv")
+        scores = np.array([[float(row[f"score_{i}"]) for i in range(3)] for row in table])
+        assert found[f"embed_{probe}"] == pytest.approx(mean_auroc(made.val.labels, scores))
 
 
 def test_patches_may_be_added_to_the_summary(tmp_path):

@@ -104,6 +104,32 @@ def test_a_merged_network_can_be_baked_and_trained_anew():
     assert torch.equal(model(x), apart)
 
 
+def test_a_baked_copy_leaves_the_original_its_adapters():
+    network = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(2, 2, 3))
+    add_lora(network, ["0", "1"], rank=1)
+    with torch.no_grad():
+        network[0].parametrizations.weight[0].up.fill_(0.5)
+    baked = copy.deepcopy(network)
+    bake(baked)
+    assert [type(layer) for layer in baked] == [nn.Linear, nn.Conv1d] and not adapters(baked)
+    assert set(adapters(network)) == {"0", "1"}
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(network[0](x), baked[0](x))
+    add_lora(baked, ["0"], rank=1)
+    torch.testing.assert_close(network[0](x), baked[0](x))
+
+
+def test_weights_that_are_loaded_take_merging_back():
+    one, other = (nn.Sequential(nn.Linear(4, 4)) for _ in range(2))
+    for network in (one, other):
+        add_lora(network, ["0"], rank=1)
+    merge(one)
+    one.load_state_dict(other.state_dict())
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(one(x), other(x))
+    assert all(p.requires_grad for p in adapters(one)["0"].parameters())
+
+
 def test_scale_is_alpha_over_rank():
     x = image()
     base = adapted(alpha=0.0)(x)

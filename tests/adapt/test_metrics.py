@@ -167,6 +167,13 @@ def test_what_is_refused(call, message):
     assert not isinstance(caught.value, Undefined)
 
 
+def test_every_class_needs_scores_and_of_two_one_column_is_enough():
+    with pytest.raises(ValueError, match="every class needs a column of scores, got 2 of them and the class 2"):
+        mean_auroc([0, 1, 2, 0], np.eye(4)[:, :2])
+    scores = np.array([0.2, 0.9, 0.4, 0.6])
+    assert mean_auroc([0, 1, 0, 1], scores) == mean_auroc([0, 1, 0, 1], np.stack([1 - scores, scores], 1)) == 1
+
+
 def test_auroc_of_classes_and_of_labels_is_averaged():
     labels, scores = np.arange(30) % 3, np.random.default_rng(0).random((30, 3))
     each = [auroc(labels == i, scores[:, i]) for i in range(3)]
