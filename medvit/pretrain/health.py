@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from medvit.adapt.metrics import Undefined
+from medvit.pretrain.record import logger
 
 # vectors (N, D) and labels (N,) to learn from, vectors (M, D) to judge; probabilities (M, classes)
 Probe = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -141,11 +141,12 @@ class FeatureHealth:
         assert self.metric is not None
         if not (vectors.isfinite().all() and queries.isfinite().all()):
             return math.nan
-        scores = probe(vectors, labels, queries)
-        two_classes = truth.dim() == 1 and scores.shape[1:] == (2,)
         try:
+            scores = probe(vectors, labels, queries)
+            two_classes = truth.dim() == 1 and scores.shape[1:] == (2,)
             return float(self.metric(truth, scores[:, 1] if two_classes else scores))
-        except Undefined:  # such as of a sample with one class; no reason to stop a training
+        except ValueError as error:  # such as fewer images than neighbours, or one class; no reason to stop a training
+            logger.warning("a probe of the features gives no number: %s", error)
             return math.nan
 
 

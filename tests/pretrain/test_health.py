@@ -114,12 +114,13 @@ def test_vectors_that_are_not_finite_give_no_number():
     assert math.isnan(found["centre"]) and math.isnan(found["effective_rank"])
 
 
-def test_a_sample_with_one_class_gives_no_number_and_stops_nothing():
+def test_a_sample_with_one_class_gives_no_number_and_stops_nothing(caplog):
     source = Source(8)
     source.labels = torch.zeros(8, dtype=torch.int64)
     probes = {"constant": lambda x, y, queries: torch.full((len(queries), 2), 0.5)}
     check = FeatureHealth(source, nn.Identity(), val=source, probes=probes, metric=auroc, prefix="image2d_")
     found = check(Objective())
+    assert "a probe of the features gives no number: AUROC needs positive and negative cases" in caplog.text
     assert math.isnan(found["image2d_constant"]) and found["image2d_effective_rank"] > 1
 
 
