@@ -145,7 +145,8 @@ def load_encoder(
         What was given.
 
     Raises:
-        WeightsMismatch: no such file, another sha256, one name for two tensors, or keys and shapes that do not agree.
+        WeightsMismatch: no such file, a note without sha256 or with another, one name for two tensors, or keys and
+            shapes that do not agree.
     """
     if not str(path):
         return network
@@ -154,13 +155,23 @@ def load_encoder(
         raise WeightsMismatch(
             f"{path}: no such weights; pre-train first (docs/pretraining.md), or train from scratch with an empty path"
         )
-    note = path.with_name(path.name + ".json")
-    sha256 = json.loads(note.read_text(encoding="utf-8"))["sha256"] if note.is_file() else None
-    state = _renamed(read_state(path, sha256), rename or {}, path)
+    state = _renamed(read_state(path, _noted_sha256(path)), rename or {}, path)
     state = {key: value for key, value in state.items() if not (drop and re.fullmatch(drop, key))}
     kept = {key: value for key, value in body.state_dict().items() if fresh and re.fullmatch(fresh, key)}
     load_weights(body, kept | state)
     return network
+
+
+def _noted_sha256(path: Path) -> str | None:
+    note = path.with_name(path.name + ".json")
+    if not note.is_file():
+        return None
+    try:
+        return str(json.loads(note.read_text(encoding="utf-8"))["sha256"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsMismatch(
+            f"{note}: must say the sha256 of {path.name}, as export does; delete it to load them unchecked"
+        ) from error
 
 
 def _renamed(state: Mapping[str, Tensor], rename: Mapping[str, str], path: Path) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medvit.models.rad_dino import RadDino
-from medvit.pretrain.masking import BlockMask, TokenMask
+from medvit.pretrain.masking import BlockMask, SemanticMask, TokenMask, token_mask
 from medvit.pretrain.objective import Losses, from_processes, over_processes, row_of
 
 CENTRINGS = ("sinkhorn", "softmax")
@@ -284,7 +284,10 @@ class DINOObjective(nn.Module):
         self.dino_centre = Centre(count) if centring == "softmax" else None
         self.ibot_centre = Centre(count) if centring == "softmax" and ibot_weight else None
         self.dino_weight, self.ibot_weight, self.koleo_weight = dino_weight, ibot_weight, koleo_weight
-        self.masking, self.mask_probability, self.mask_ratio = masking or BlockMask(), mask_probability, (low, high)
+        if isinstance(masking, SemanticMask):
+            raise ValueError("SemanticMask needs weights, which the views of DINO lack; use BlockMask or RandomMask")
+        self.masking = token_mask(masking, BlockMask())
+        self.mask_probability, self.mask_ratio = mask_probability, (low, high)
         self.momentum, self.teacher_temperature, self.warm_up = tuple(momentum), tuple(teacher_temperature), warm_up
         self.student_temperature, self.freeze_last_layer = student_temperature, freeze_last_layer
 

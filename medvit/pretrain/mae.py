@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from medvit.layers.masking import patchify, unpatchify
 from medvit.models.mae import MAE
 from medvit.models.vit import ViTEncoder
-from medvit.pretrain.masking import RandomMask, TokenMask, ranking
+from medvit.pretrain.masking import RandomMask, TokenMask, ranking, token_mask
 from medvit.pretrain.objective import Losses, image_of, row_of
 
 
@@ -25,7 +25,8 @@ class MAEObjective(nn.Module):
     ``image_weights`` ``(B, 1, *spatial)``.
 
     Raises:
-        ValueError: in ``forward``, a batch without an image, or with one that does not fit the network.
+        ValueError: masking that hides no patches; in ``forward``, a batch without an image, or with one that does not
+            fit the network.
 
     Source: He et al., "Masked Autoencoders Are Scalable Vision Learners" (CVPR 2022); for X-rays Xiao et al., "Delving
     into Masked Autoencoders for Multi-Label Thorax Disease Classification" (WACV 2023).
@@ -33,7 +34,7 @@ class MAEObjective(nn.Module):
 
     def __init__(self, model: MAE, *, masking: TokenMask | None = None):
         super().__init__()
-        self.model, self.masking = model, masking or RandomMask()
+        self.model, self.masking = model, token_mask(masking, RandomMask())
 
     @property
     def encoder(self) -> ViTEncoder:

@@ -244,6 +244,20 @@ def detail(x: Tensor) -> Tensor:
     return gradient_map(x).mean(1, keepdim=True)
 
 
+def token_mask(masking: TokenMask | None, default: TokenMask) -> TokenMask:
+    """What hides patches; ``default`` where nothing is given.
+
+    Raises:
+        ValueError: a corruption, which changes the image instead.
+    """
+    if isinstance(masking, GroupReplacement | FrequencyMask):
+        raise ValueError(
+            f"{type(masking).__name__} changes images and hides no patches; use it as a corruption of SwinObjective, "
+            "and here RandomMask, BlockMask, GroupMask or SemanticMask"
+        )
+    return masking or default
+
+
 def ranking(
     strategy: TokenMask,
     x: Tensor,

@@ -33,7 +33,10 @@ class World:
     """
 
     def __init__(self, device: str | torch.device = "auto"):
-        self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        if dist.is_initialized():  # the caller's group, such as that of torch.multiprocessing.spawn
+            self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        else:
+            self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         name = ("cuda" if torch.cuda.is_available() else "cpu") if str(device) == "auto" else str(device)
         self.device = torch.device(name)
         if self.device.type == "cuda" and self.device.index is None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from medvit.models.uni4eye import Uni4Eye, Uni4EyeMAE, Uni4EyeReconstruction, gradient_map, whole_grid
 from medvit.pretrain.mae import painted_in
-from medvit.pretrain.masking import RandomMask, TokenMask, ranking
+from medvit.pretrain.masking import RandomMask, TokenMask, ranking, token_mask
 from medvit.pretrain.objective import Losses, row_of
 
 RANKS = {"image2d": 2, "image3d": 3}
@@ -43,7 +43,7 @@ class Uni4EyeObjective(nn.Module):
         self.weights = dict(weights or dict.fromkeys(RANKS, 1.0))
         if self.weights.keys() != RANKS.keys() or min(self.weights.values()) < 0:
             raise ValueError(f"weights needs a number that is not negative for each of {list(RANKS)}, got {weights}")
-        self.model, self.masking = model, masking or RandomMask()
+        self.model, self.masking = model, token_mask(masking, RandomMask())
 
     @property
     def encoder(self) -> Uni4Eye:

@@ -84,6 +84,8 @@ class ForegroundCropd(Cropd):  # type: ignore[misc]  # MONAI ships no types
             affine = np.asarray(torch.as_tensor(source.affine).cpu(), dtype=np.float64)
             spacing = np.linalg.norm(affine[:-1, :rank], axis=0)
         plain = source.as_tensor() if isinstance(source, MetaTensor) else torch.as_tensor(source)
+        if plain.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which torch cannot compare
+            plain = plain.long()
         threshold = otsu(plain) if isinstance(self.threshold, str) else self.threshold
         if not (plain > threshold).any():
             raise UnsuitableImage(f"{self.source_key!r} must have foreground, but no voxel is above {threshold:g}")

@@ -122,3 +122,11 @@ def test_parametrised_weights_are_stored_as_they_are_computed(tmp_path):
     assert "1.parametrizations.weight.original" in network.state_dict()
     alone = network[1]
     assert torch.equal(plain_state(alone)["weight"], 2 * base["1.weight"])
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "not JSON"])
+def test_a_note_without_a_checksum_is_named(tmp_path, text):
+    path = export(Encoder().state_dict(), tmp_path / "encoder.safetensors", {})
+    (tmp_path / "encoder.safetensors.json").write_text(text)
+    with pytest.raises(WeightsMismatch, match=r"encoder.safetensors.json: must say the sha256 of encoder.safetensors"):
+        load_encoder(Encoder(), path)

@@ -26,7 +26,7 @@ from medvit.pretrain.dino import (
     patch_loss,
     sinkhorn,
 )
-from medvit.pretrain.masking import RandomMask
+from medvit.pretrain.masking import RandomMask, SemanticMask
 from medvit.pretrain.objective import Objective
 
 HEAD = {"prototypes": 12, "hidden_dim": 16, "bottleneck_dim": 8}
@@ -393,6 +393,7 @@ def test_pictures_show_where_the_cls_token_looks(dims):
         ({"mask_ratio": (0.5, 0.1)}, "got 0.5 and (0.5, 0.1); use 0.5 and (0.1, 0.5)"),
         ({"mask_probability": 1.5}, "got 1.5 and (0.1, 0.5)"),
         ({"layers": 0}, "layers must be at least 1, got 0; use 3"),
+        ({"masking": SemanticMask()}, "SemanticMask needs weights, which the views of DINO lack"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options, message):

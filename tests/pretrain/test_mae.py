@@ -7,7 +7,7 @@ import torch
 
 from medvit.models.mae import MAE
 from medvit.pretrain.mae import MAEObjective, painted_in
-from medvit.pretrain.masking import BlockMask, SemanticMask
+from medvit.pretrain.masking import BlockMask, FrequencyMask, GroupReplacement, SemanticMask
 from medvit.pretrain.objective import Objective
 
 SMALL = {
@@ -157,3 +157,9 @@ def test_pictures_can_be_saved(dims, channels):
 def test_batches_that_do_not_fit_are_refused(batch, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         objective()(batch, 0.0)
+
+
+@pytest.mark.parametrize("corruption", [FrequencyMask(4), GroupReplacement((0.1, 0.3), "noise")])
+def test_what_changes_images_is_no_mask_of_patches(corruption):
+    with pytest.raises(ValueError, match=f"{type(corruption).__name__} changes images and hides no patches; use it as"):
+        objective(masking=corruption)

@@ -1,9 +1,11 @@
 import json
 import math
 import socket
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from training_synthetic import Noisy, Toy, assert_same, lines, make, start, state, train_in_two, train_killed
 
@@ -11,6 +13,7 @@ from medvit import create_model
 from medvit.errors import OutputError
 from medvit.models.weights import file_sha256, read_state
 from medvit.pretrain.mae import MAEObjective
+from medvit.pretrain.processes import World
 from medvit.pretrain.schedule import Cosine, progress_of
 from medvit.pretrain.trainer import NotFinite, Trainer
 
@@ -367,3 +370,11 @@ def test_nothing_to_train(tmp_path):
 def test_progress_runs_from_zero_to_one():
     assert [progress_of(step, 5) for step in range(5)] == [0, 0.25, 0.5, 0.75, 1]
     assert progress_of(0, 1) == 0
+
+
+def test_the_callers_group_of_processes_is_taken_as_it_is():
+    """As torch.multiprocessing.spawn leaves it, without a word in the environment."""
+    with mock.patch.multiple(dist, is_initialized=lambda: True, get_rank=lambda: 2, get_world_size=lambda: 4):
+        world = World("cpu")
+    assert (world.rank, world.size) == (2, 4)
+    assert (World("cpu").rank, World("cpu").size) == (0, 1)

@@ -94,3 +94,10 @@ def test_what_makes_no_sense_is_refused():
         ForegroundCropd("x", "x", 3000)({"x": body()})
     with pytest.raises(UnsuitableImage, match=r"no voxel is above inf$"):
         ForegroundCropd("x", "x", "otsu")({"x": torch.ones(1, 4, 4)})
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32])
+def test_labels_of_any_type_can_be_the_source(dtype):
+    labels = MetaTensor((body().as_tensor() > -500).to(dtype), affine=AFFINE)
+    out = ForegroundCropd("label", "label", threshold=0)({"label": labels})["label"]
+    assert out.shape == (1, 7, 4, 5) and out.dtype == dtype
