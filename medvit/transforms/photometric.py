@@ -1,4 +1,4 @@
-"""Grey values of radiographs from any reader to [0, 1]: bone bright, whatever frame or marker is burnt in."""
+"""Grey values of radiographs from any reader to [0, 1]: bone bright, whatever frame is burnt in."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ class RadiographRanged(MapTransform):  # type: ignore[misc]  # MONAI ships no ty
 
     Outer lines of pixels without content (padding, a shutter, a black or white frame; of any width) take no part in the
     percentiles, unlike in MONAI's ``ScaleIntensityRangePercentilesd``; beyond the percentiles values are clipped, which
-    markers and dead pixels are. Where both percentiles agree, the least and the greatest value take their place.
+    small markers and dead pixels are. A marker that covers more than the percentiles leave out decides the range, and one
+    over more than a twentieth of a frame's line makes that line part of the picture. Where both percentiles agree, the
+    least and the greatest value take their place.
 
     VOI LUTs and windows are the reader's: :class:`~medvit.data.radiograph.RadiographReader` applies them, and inverts.
     An image that it read is not inverted again.
