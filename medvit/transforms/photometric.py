@@ -25,9 +25,9 @@ class RadiographRanged(MapTransform):  # type: ignore[misc]  # MONAI ships no ty
 
     Outer lines of pixels without content (padding, a shutter, a black or white frame; of any width) take no part in the
     percentiles, unlike in MONAI's ``ScaleIntensityRangePercentilesd``; beyond the percentiles values are clipped, which
-    small markers and dead pixels are. A marker that covers more than the percentiles leave out decides the range, and one
-    over more than a twentieth of a frame's line makes that line part of the picture. Where both percentiles agree, the
-    least and the greatest value take their place.
+    small markers and dead pixels are. A marker that covers more than the percentiles leave out decides the range, and
+    one over more than a twentieth of a frame's line makes that line part of the picture. Where both percentiles agree,
+    the least and the greatest value take their place.
 
     VOI LUTs and windows are the reader's: :class:`~medvit.data.radiograph.RadiographReader` applies them, and inverts.
     An image that it read is not inverted again.
