@@ -127,8 +127,9 @@ class LatticeResample(InvertibleTransform, LazyTransform):  # type: ignore[misc]
 
     A MetaTensor's affine follows and the step is noted, so that :meth:`inverse` can undo it: onto the grid of before,
     without smoothing, and with 0 where nothing was kept. Asked to be lazy, it leaves the interpolation to MONAI, with
-    the affine and shape of the eager result but without antialiasing, and "cubic" as a spline. Plain tensors come out
-    as plain tensors, at once.
+    the affine and shape of the eager result but without antialiasing, and "cubic" as a spline; "nearest" then comes out
+    float32, and takes the other of two voxels where a point lies halfway between them. Plain tensors come out as plain
+    tensors, at once.
 
     Args:
         antialias: see :func:`resample`.
