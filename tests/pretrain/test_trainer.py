@@ -268,8 +268,10 @@ def test_processes_that_find_different_states_are_refused(tmp_path):
         start(tmp_path / str(rank), {"steps": 4}, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(2)
     ]
     said = [process.communicate(timeout=120)[1].decode() for process in processes]
-    assert all(process.returncode == 1 for process in processes)
-    assert all("must be the same for all processes, which found [4, -1]; give them one folder" in text for text in said)
+    assert all(process.returncode for process in processes), said
+    told = "must be the same for all processes, which found [4, -1]; give them one folder"
+    assert any(told in text for text in said), said  # the other one may only see that its peer is gone
+    assert not (tmp_path / "1").exists()
 
 
 def test_a_state_of_another_run_is_refused(tmp_path):
