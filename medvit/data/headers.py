@@ -174,7 +174,7 @@ def _header(path: Path, ds: Attributes, file: BinaryIO) -> Header:
     sop_class = _text(ds, "SOPClassUID") or ds.media_class
     damaged = _is_damaged(sop_class)
     if sop_class and sop_class not in IMAGE_CLASSES and not damaged:
-        raise NotAnImage(path, f"a DICOM object that is not an image: {UID(sop_class).name}")
+        raise NotAnImage(path, f"a DICOM object that is not an image: {_named(sop_class)}")
     rows, columns = _integer(ds, "Rows") or 0, _integer(ds, "Columns") or 0
     if not sop_class and not (rows and columns):
         raise UnreadableFile(path, "DICOM data without a SOP class or an image; get the file again")
@@ -293,6 +293,11 @@ def _content(
 
 
 @lru_cache(maxsize=256)
+def _named(sop_class: str) -> str:
+    """Its name; a damaged one may go on over the header, and is not quoted."""
+    return UID(sop_class).name if UID(sop_class).is_valid else "of no known class"
+
+
 def _is_enhanced(sop_class: str) -> bool:
     return UID(sop_class).name.startswith(("Enhanced", "Legacy Conv"))
 

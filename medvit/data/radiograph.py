@@ -144,7 +144,8 @@ def _check(path: Path, pixels: Pixels, modality: str) -> None:
     if sop_class not in _SOP_CLASSES and modality not in _MODALITIES:
         raise UnsuitableImage(
             f"{path}: a projection radiograph is needed ({', '.join(_MODALITIES)}), but this is "
-            f"{sop_class.name or 'of no known kind'} of modality {modality or 'unknown'}"
+            f"{(sop_class.is_valid and sop_class.name) or 'of no known kind'} of modality "
+            f"{modality if modality.isalpha() and len(modality) <= 16 else 'unknown'}"
         )
     if len(pixels.shape) == 4:
         kind = f"this is a colour image ({_text(pixels.ds, 'PhotometricInterpretation')})"

@@ -211,7 +211,7 @@ def _read(path: Path, classes: Sequence[str], what: str) -> Dataset:
     except Exception as error:  # a damaged header raises whatever the parser trips over, and may quote it
         raise UnreadableFile(path, f"not a readable DICOM file ({type(error).__name__}); get it again") from error
     if found not in classes:
-        kind = pydicom.uid.UID(found).name if found else "DICOM without a SOP class"
+        kind = pydicom.uid.UID(found).name if pydicom.uid.UID(found).is_valid else "DICOM without a SOP class"
         raise UnreadableFile(path, f"{what} is needed, but this is: {kind}")
     return ds
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pydicom
-from pydicom.datadict import dictionary_has_tag, dictionary_VR, keyword_for_tag, repeater_has_tag
+from pydicom.datadict import dictionary_has_tag, dictionary_VM, dictionary_VR, keyword_for_tag, repeater_has_tag
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.multival import MultiValue
@@ -48,6 +48,11 @@ _DUMMY: dict[str, Any] = {
 _TEXT = ("AE", "CS", "LO", "LT", "PN", "SH", "ST", "UC", "UR", "UT")
 _BYTES = ("OB", "UN")
 _NUMERIC, _NUMBERS = ("AS", "DA", "DS", "DT", "IS", "TM"), re.compile(r"[\d+.:eEDWMY-]*")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f]")  # none is in text, and any element's header has some
+_HEADER = re.compile(  # of an element of a common group with its VR
+    rb"[\x02\x08\x10\x18\x20\x28\x29\x32\x38\x40\x54\x70\x88]\x00..(AE|AS|CS|DA|DS|DT|IS|LO|LT|PN|SH|ST|TM|UC|UI|UN|UT)",
+    re.DOTALL,
+)
 _PUBLIC_UIDS = "1.2.840.10008."
 # UIDs that name what is the same for everybody: kinds of objects, code systems
 _SHARED_UIDS = ("CodingSchemeUID", "ContextUID", "MappingResourceUID")
@@ -245,7 +250,8 @@ def _check(source: Path, ds: Dataset) -> None:
     """Refuse what the profile cannot make safe."""
     kind = str(ds.get("SOPClassUID") or "")
     if kind not in IMAGE_CLASSES | _REFERRING:
-        reason = f"{UID(kind).name or 'an object of no class'}: what it says in words may name the patient"
+        known = UID(kind).name if re.fullmatch(r"[\d.]{1,64}", kind) else ""  # a damaged one may go on over the header
+        reason = f"{known or 'an object of no class'}: what it says in words may name the patient"
         raise UnreadableSeries(source, "not-an-image", f"{reason}; only images and what refers to them are written")
     if str(ds.get("BurnedInAnnotation") or "").upper() == "YES":
         raise UnreadableSeries(source, "burned-in", "text is burned into its pixels, which may name the patient")
@@ -277,7 +283,7 @@ def _action(tag: BaseTag) -> str:
     """``remove``, ``empty``, ``dummy`` or ``clean``: keep, but for what is inside and what names a person."""
     tags, masked = _table()
     overlay = tag.group & 0xFF00 in (0x5000, 0x6000)  # all of it: without its pixels an overlay is none
-    if tag.is_private or overlay or tag.group < 8 or not (dictionary_has_tag(tag) or repeater_has_tag(int(tag))):
+    if tag.is_private or overlay or tag.group < 8 or not dictionary_has_tag(tag):  # repeating groups are retired
         return "remove"
     if any(tag.group & m[2] == m[0] & m[2] and tag.element & m[3] == m[1] & m[3] for m in masked):
         return "remove"
@@ -318,16 +324,40 @@ def _drop_unreadable(ds: Dataset) -> set[str]:
         try:
             element = ds[tag]
             items = element.value if element.VR == "SQ" else ()
-            sound = element.VR not in _NUMERIC or all(map(_NUMBERS.fullmatch, _values(element)))
+            sound = _is_sound(element)
         except Exception:
             items, sound = (), False
-        if not sound and _action(tag) == "clean":  # pydicom keeps text where a number should be
+        if not sound and _action(tag) == "clean":
             del ds[tag]
             dropped.add(keyword_for_tag(tag))
         elif not sound:  # to be replaced anyway
             ds[tag] = DataElement(tag, dictionary_VR(tag), None)
         dropped.update(*(_drop_unreadable(item) for item in items or ()))
     return dropped
+
+
+def _is_sound(element: DataElement) -> bool:
+    """False where a value cannot be one of its kind: pydicom keeps text where a number should be, and where a damaged
+    length reaches too far, the elements behind it as a value, which nothing here would read.
+    """
+    if element.VR == "SQ":
+        return True
+    if isinstance(element.value, bytes):
+        return not _HEADER.search(element.value)
+    if element.VR not in (*dictionary_VR(element.tag).split(" or "), "UN"):
+        return False
+    values = _values(element)
+    if element.VR in _NUMERIC:
+        return all(map(_NUMBERS.fullmatch, values))
+    if element.VR in (*_TEXT, "UI"):
+        return not any(map(_CONTROL.search, values))
+    return not isinstance(element.value, list | MultiValue) or len(element.value) <= _most(element.tag)
+
+
+def _most(tag: BaseTag) -> float:
+    """How many values an attribute may have."""
+    most = dictionary_VM(tag).split("-")[-1]
+    return int(most) if most.isdigit() else float("inf")
 
 
 def _secrets(ds: Dataset) -> _Secrets:
@@ -396,4 +426,5 @@ def _values(element: DataElement) -> list[str]:
     value = element.value
     if isinstance(value, bytes):
         return [value.decode("latin-1")]
-    return [text for one in (value if isinstance(value, MultiValue) else [value]) if (text := str(one or "").strip())]
+    several = value if isinstance(value, list | MultiValue) else [value]
+    return [text for one in several if (text := str(one or "").strip())]

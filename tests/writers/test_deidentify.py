@@ -316,12 +316,36 @@ def test_files_are_numbered_and_none_stops_the_others(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")  # pydicom's, on reading the files as the test does
+@pytest.mark.parametrize(
+    ("found", "damaged"),
+    [
+        (b"\x28\x00\x02\x01US\x02\x00", b"\x28\x00\x02\x01US\x02\x02"),  # numbers that go on over private elements
+        (b"\x08\x00\x70\x00LO\x06\x00", b"\x08\x00\x70\x00LO\x06\x01"),  # a text that goes on over the patient
+        (b"\x10\x00\x20\x00LO", b"\x54\x00\x20\x00LO"),  # an ID as a vector of numbers
+        (b"\x10\x00\x20\x00LO", b"\x10\x7f\x20\x00LO"),  # as an element of a retired group
+    ],
+)
+def test_a_damaged_length_or_tag_carries_nothing_along(tmp_path, found, damaged):
+    source = one_file(tmp_path / "in", Manufacturer="medvit")
+    data = source.read_bytes()
+    assert found in data
+    source.write_bytes(data.replace(found, damaged, 1))
+    try:
+        cleaned(tmp_path, source)
+    except (UnreadableFile, UnreadableSeries):
+        assert not (tmp_path / "out" / "1.dcm").exists()
+    else:
+        out = (tmp_path / "out" / "1.dcm").read_bytes()
+        assert b"SECRET" not in out and b"Doe" not in out
+
+
+@pytest.mark.filterwarnings("ignore")  # pydicom's, on reading the files as the test does
 def test_damaged_headers_leak_nothing(tmp_path):
     source = one_file(tmp_path / "in")
     whole, outcomes = source.read_bytes(), set()
     random = np.random.default_rng(0)
     begin = whole.index(b"DICM") + 4
-    for _ in range(150):
+    for _ in range(500):
         data = bytearray(whole)
         for position in random.integers(begin, whole.index(b"\xe0\x7f\x10\x00"), 3):
             data[position] = random.integers(0, 256)
