@@ -16,8 +16,8 @@ Layers = dict[int, type[nn.Module]]
 class Conv3d(nn.Conv3d):
     """``torch.nn.Conv3d`` that computes small maps in float32 where it would in bfloat16 on a CPU.
 
-    There torch leaves uninitialised memory in the gradient of the weight if the padded kernel is larger than the map's
-    first side (oneDNN 3.12, ``avx512_core_bf16``), and is wrong forward if the last side of a strided output is 1
+    There torch leaves uninitialised memory in the gradient of the weight if the first side of a map that it pads is
+    smaller than the kernel (oneDNN 3.12, ``avx512_core_bf16``), and is wrong forward if the last side of a strided output is 1
     (pytorch/pytorch#169688, on AMX). Maps of a side below kernel plus stride cost nothing in float32.
     """
 

@@ -131,9 +131,9 @@ class _Items:
 
 def _seed_transforms(source: Any) -> None:
     """MONAI's transforms have generators of their own; those of a data set, and of the ones that it is made of."""
-    transform = getattr(source, "transform", None)
-    if hasattr(transform, "set_random_state"):
-        transform.set_random_state(seed=random.getrandbits(32))  # type: ignore[union-attr]
+    seed = getattr(getattr(source, "transform", None), "set_random_state", None)
+    if seed is not None:
+        seed(seed=random.getrandbits(32))
     for inner in (getattr(source, "dataset", None), *getattr(source, "datasets", ())):  # Subset, ConcatDataset
         if inner is not None:
             _seed_transforms(inner)
