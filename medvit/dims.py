@@ -17,8 +17,8 @@ class Conv3d(nn.Conv3d):
     """``torch.nn.Conv3d`` that computes small maps in float32 where it would in bfloat16 on a CPU.
 
     There torch leaves uninitialised memory in the gradient of the weight if the first side of a map that it pads is
-    smaller than the kernel (oneDNN 3.12, ``avx512_core_bf16``), and is wrong forward if the last side of a strided output is 1
-    (pytorch/pytorch#169688, on AMX). Maps of a side below kernel plus stride cost nothing in float32.
+    smaller than the kernel (oneDNN 3.12, ``avx512_core_bf16``), and is wrong forward if the last side of a strided
+    output is 1 (pytorch/pytorch#169688, on AMX). Maps of a side below kernel plus stride cost nothing in float32.
     """
 
     def forward(self, input: Tensor) -> Tensor:
