@@ -14,6 +14,8 @@ from medvit.adapt.embeddings import Embeddings, extract
 from medvit.adapt.metrics import mean_auroc
 from medvit.adapt.probe import few_shot, fit_linear_probe, grouped_folds, knn
 from medvit.models.heads import as_encoder
+from medvit.pretrain.health import Inferer, at_once
+from medvit.pretrain.record import tracked
 from medvit.pretrain.scores import columns, write_table
 
 FEATURES = ("embed", "embed+patches", "embed+blocks", "map", "pixels")
@@ -34,8 +36,10 @@ class FrozenEvaluation:
         val: likewise, what is judged on.
         view: images of a batch to what the encoder takes.
         output_dir: of the files; a folder per kind of features below it.
+        inferer: called with viewed images and with what makes vectors of them, such as
+            :class:`~medvit.inference.crops.MeanOverCrops`, which is for everything but maps.
         features: ``"embed"`` (the encoder's own summary), ``"embed+patches"`` (that and the mean of the last map, as
-            DINOv2 is evaluated), ``"embed+blocks"`` (the summary, and mean and deviation of the patches after every
+            DINOv2 is evaluated), ``"embed+blocks"`` (the summary, and four moments of the patches after every
             block, of encoders with ``block_statistics``), ``"map"`` (the whole map, for what depends on where something
             is; of images of one size), ``"pixels"`` (what the encoder is given: what is gained by none), or several.
         shots: cases per class of the few-shot probes; of several labels there are none.
@@ -57,6 +61,7 @@ class FrozenEvaluation:
         view: Callable[[Tensor], Tensor],
         output_dir: str | Path,
         *,
+        inferer: Inferer = at_once,
         features: Sequence[str] = ("embed",),
         shots: int = 16,
         draws: int = 20,
@@ -72,7 +77,7 @@ class FrozenEvaluation:
                 f"embed+blocks needs an encoder with block_statistics, got {type(as_encoder(network)).__name__}; use a "
                 "plain vision transformer, or the features embed+patches"
             )
-        self.network, self.train, self.val, self.view = network, train, val, view
+        self.network, self.train, self.val, self.view, self.inferer = network, train, val, view, inferer
         self.output_dir, self.features, self.batch_size = Path(output_dir), tuple(features), batch_size
         self.shots, self.draws, self.neighbours, self.folds, self.seed = shots, draws, neighbours, folds, seed
 
@@ -134,7 +139,7 @@ class FrozenEvaluation:
         }
         wanted = {kind: makers[kind] for kind in self.features}
         batches = viewed(source, self.view, self.batch_size)
-        made = extract(body, batches, lambda images: {kind: make(images) for kind, make in wanted.items()})
+        made = extract(body, batches, lambda images: {k: self.inferer(images, make) for k, make in wanted.items()})
         made.save(self.output_dir / f"{name}.safetensors")
         return made
 
@@ -169,7 +174,7 @@ class FrozenEvaluation:
 
 def viewed(source: Any, view: Callable[[Tensor], Tensor], batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
     """Names and viewed images of all cases of a source, in order, ``batch_size`` at a time."""
-    for first in range(0, len(source), batch_size):
+    for first in tracked(range(0, len(source), batch_size), "embedding"):
         chosen = list(range(first, min(first + batch_size, len(source))))
         yield [source.cases[n]["case"] for n in chosen], view(source.batch(chosen)["image"])
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 logger = logging.getLogger("medvit")
 
-L2 = (10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5)  # candidates, strongest first
+L2 = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)  # candidates, strongest first
 TOLERANCE = 1e-8  # of the greatest component of the gradient
 ROWS = 1024  # of the table of cosines made at a time
 Metric = Callable[[Tensor, Tensor], float]
@@ -134,6 +134,11 @@ def _select_l2(x: Tensor, y: Tensor, outputs: int, fold: Tensor) -> float:
 
 def _solve(x: Tensor, y: Tensor, outputs: int, l2: float, start: Tensor | None = None) -> Tensor:
     """Coefficients ``(outputs, D + 1)``, the bias last; the problem is convex, where it starts does not matter."""
+    if x.shape[1] > 4 * len(x):  # a weight across all vectors would change no logit: few directions are enough
+        span = torch.linalg.qr(x.T).Q
+        within = None if start is None else torch.cat([start[:, :-1] @ span, start[:, -1:]], 1)
+        found = _solve(x @ span, y, outputs, l2, within)
+        return torch.cat([found[:, :-1] @ span.T, found[:, -1:]], 1)
     coefficients = x.new_zeros(outputs, x.shape[1] + 1) if start is None else start.clone()
     coefficients.requires_grad_(True)
     optimizer = torch.optim.LBFGS(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from medvit.adapt.embeddings import extract
 from medvit.adapt.frozen import groups_of, viewed
 from medvit.adapt.probe import fit_linear_probe
+from medvit.pretrain.health import Inferer, View, at_once
 
 HEADS = ("fresh", "probe")
 logger = logging.getLogger("medvit")
@@ -21,8 +21,9 @@ def start_head(
     network: nn.Module,
     how: str,
     data: Any,
-    view: Callable[[Tensor], Tensor],
+    view: View,
     *,
+    inferer: Inferer = at_once,
     l2: float | None = None,
     seed: int = 0,
     batch_size: int = 256,
@@ -39,6 +40,8 @@ def start_head(
         data: source of whole batches with labels and ``cases``, such as
             :class:`~medvit.pretrain.images.CachedImages`; labels ``(N,)`` are classes, ``(N, L)`` several yes or no.
         view: images of a batch to what the network takes; whole images, nothing at random.
+        inferer: called with viewed images and the network, such as :class:`~medvit.inference.crops.MeanOverCrops`: the
+            probe is fitted on the mean of what the head is given.
         l2: penalty of the probe; None: chosen on folds by the training cases' groups.
         seed: of the folds.
         batch_size: images at a time.
@@ -59,7 +62,7 @@ def start_head(
             f"a head that starts from a probe is a linear layer with a bias named head; that of "
             f"{type(network).__name__} is {head}; use how='fresh'"
         )
-    given = _inputs(network, head, data, view, batch_size)
+    given = _inputs(network, head, data, view, inferer, batch_size)
     labels = data.labels
     classes = head.out_features if labels.dim() == 1 else None
     probe = fit_linear_probe(given, labels, l2=l2, classes=classes, groups=groups_of(data.cases), seed=seed)
@@ -72,18 +75,17 @@ def start_head(
     return network
 
 
-def _inputs(
-    network: nn.Module, head: nn.Linear, data: Any, view: Callable[[Tensor], Tensor], batch_size: int
-) -> Tensor:
+def _inputs(network: nn.Module, head: nn.Linear, data: Any, view: View, inferer: Inferer, batch_size: int) -> Tensor:
     """What the head is given of each case, ``(N, D)``, in evaluation mode."""
     given: list[Tensor] = []
 
-    def read(images: Tensor) -> dict[str, Tensor]:
+    def reads(images: Tensor) -> Tensor:
         network(images)
-        return {"given": given.pop()}
+        return given.pop()
 
     hook = head.register_forward_pre_hook(lambda _, arguments: given.append(arguments[0]))
     try:
-        return extract(network, viewed(data, view, batch_size), read).vectors["given"]
+        batches = viewed(data, view, batch_size)
+        return extract(network, batches, lambda images: {"given": inferer(images, reads)}).vectors["given"]
     finally:
         hook.remove()

@@ -146,7 +146,7 @@ class RadDino(nn.Module):
         return states
 
     def block_statistics(self, x: Tensor) -> Tensor:
-        """Mean and deviation of the patches after every block, ``(B, 2 * depth * embed_dim)``.
+        """Four moments over the patches after every block, ``(B, 4 * depth * embed_dim)``.
 
         See :func:`~medvit.models.encoder.patch_statistics`.
         """

@@ -139,7 +139,7 @@ class ViTEncoder(nn.Module):
         return states
 
     def block_statistics(self, x: Tensor) -> Tensor:
-        """Mean and deviation of the patches after every block, ``(B, 2 * depth * embed_dim)``.
+        """Four moments over the patches after every block, ``(B, 4 * depth * embed_dim)``.
 
         See :func:`~medvit.models.encoder.patch_statistics`.
         """
@@ -180,7 +180,7 @@ class ViT(nn.Module):
         self.encoder, self.reads = ViTEncoder(in_channels, **encoder), reads
         self.head: nn.Module = nn.Identity()
         if num_classes:
-            width = self.encoder.embed_dim * (2 * len(self.encoder.blocks) if reads == "blocks" else 1)
+            width = self.encoder.embed_dim * (4 * len(self.encoder.blocks) if reads == "blocks" else 1)
             self.head = nn.Linear(width, num_classes)
             nn.init.trunc_normal_(self.head.weight, std=2e-5)
             nn.init.zeros_(self.head.bias)

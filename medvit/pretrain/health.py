@@ -16,6 +16,12 @@ from medvit.pretrain.record import logger
 Probe = Callable[[Tensor, Tensor, Tensor], Tensor]
 Metric = Callable[[Tensor, Tensor], float]
 View = Callable[[Tensor], Tensor]
+Inferer = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]  # images and a network to what it says of them
+
+
+def at_once(images: Tensor, network: Callable[[Tensor], Tensor]) -> Tensor:
+    """The plainest inferer: what a network says of images as they are."""
+    return network(images)
 
 
 def effective_rank(x: Tensor) -> float:

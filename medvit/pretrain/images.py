@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from medvit.dims import ntuple
+from medvit.pretrain.record import tracked
 
 
 class CachedImages:
@@ -45,7 +46,8 @@ class CachedImages:
         self.cases, self.key = list(cases), key
         first = self._bytes(self.cases[0], transform)
         self.images = torch.empty((len(self.cases), *first.shape), dtype=torch.uint8)
-        for number, case in enumerate(self.cases):
+        for number in tracked(range(len(self.cases)), "reading images"):
+            case = self.cases[number]
             image = self._bytes(case, transform) if number else first
             if image.shape != first.shape:
                 raise ValueError(

@@ -6,14 +6,15 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 logger = logging.getLogger("medvit")
+T = TypeVar("T")
 
 
 class Record:
@@ -47,10 +48,12 @@ class Record:
         part.write_text("".join(f"{line}\n" for line in kept) if step else "", encoding="utf-8")
         part.replace(path)
         if sys.stderr.isatty():
+            from rich.console import Console
             from rich.progress import Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-            columns = (TextColumn("{task.fields[said]}"), TimeElapsedColumn(), TimeRemainingColumn())
-            self._bar = Progress(*Progress.get_default_columns()[:3], *columns, transient=True)
+            said = (TextColumn("{task.fields[said]}"), TimeElapsedColumn(), TimeRemainingColumn())
+            columns = (*Progress.get_default_columns()[:3], *said)
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
             self._bar.start()
             self._task = self._bar.add_task("train", total=self.steps, completed=step, said="")
         return int(_step_of(kept[-1])) if kept and step else 0
@@ -98,6 +101,17 @@ class Record:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def tracked(items: Sequence[T], what: str) -> Iterator[T]:
+    """The items in turn; on a terminal with a bar on standard error that says ``what`` until they are done."""
+    if not sys.stderr.isatty():
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(items, what, console=Console(stderr=True), transient=True)
 
 
 def memory_mb(device: torch.device) -> float:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from medvit.pretrain.agreement import Agreement, agreement, columns_of, dice, spacing_of
-from medvit.pretrain.health import Metric, View, evaluation, images_of
+from medvit.pretrain.health import Inferer, Metric, View, at_once, evaluation, images_of
 
 
 class Predictions:
@@ -23,6 +23,7 @@ class Predictions:
         data: source with ``batch(indices)`` and labels.
         view: images of a batch to what the network takes.
         metrics: labels and scores to a number, by name; see :class:`FeatureHealth`.
+        inferer: called with viewed images and the network, such as :class:`~medvit.inference.crops.MeanOverCrops`.
         activation: logits to scores; None: softmax over the classes. Of two classes the second one's score is kept.
             With several labels, ``(N, L)`` of 0 and 1, it is ``torch.sigmoid``.
         table: CSV file of case, label and scores, written at each call; None: none. Needs ``data.cases``, as
@@ -39,11 +40,13 @@ class Predictions:
         view: View,
         metrics: Mapping[str, Metric],
         *,
+        inferer: Inferer = at_once,
         activation: Callable[[Tensor], Tensor] | None = None,
         table: str | Path | None = None,
         batch_size: int = 128,
     ):
         self.data, self.view, self.metrics, self.batch_size = data, view, dict(metrics), batch_size
+        self.inferer = inferer
         self.activation, self.table = activation, None if table is None else Path(table)
         self.scores: Tensor | None = None
 
@@ -55,7 +58,7 @@ class Predictions:
         with evaluation(objective), torch.no_grad():
             for first in range(0, len(self.data), self.batch_size):
                 batch = self.data.batch(range(first, min(first + self.batch_size, len(self.data))))
-                logits.append(network(self.view(images_of(batch).to(device))).float().cpu())
+                logits.append(self.inferer(self.view(images_of(batch).to(device)), network).float().cpu())
                 labels.append(batch["label"])
         joined = torch.cat(logits)
         scores = self.activation(joined) if self.activation else joined.softmax(1)

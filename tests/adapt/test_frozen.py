@@ -51,6 +51,19 @@ def test_scores_are_those_of_the_probes_on_the_encoders_vectors(tmp_path):
     assert found["embed_linear"] > 0.75  # brightness is told
 
 
+def test_vectors_are_what_an_inferer_makes_of_the_views(tmp_path):
+    def both(images, network):
+        return (network(images) + network(images.flip(3))) / 2
+
+    made = evaluation(tmp_path, lambda i: (i // 2) % 2, inferer=both, features=["embed", "pixels"], shots=0)
+    made.run()
+    kept, x = Embeddings.load(tmp_path / "val.safetensors").vectors, made.val.images / 2
+    with torch.no_grad():
+        embed = made.network.encoder.embed
+        torch.testing.assert_close(kept["embed"], (embed(x) + embed(x.flip(3))) / 2)
+    torch.testing.assert_close(kept["pixels"], ((x + x.flip(3)) / 2).flatten(1))
+
+
 def test_shots_are_of_different_patients(tmp_path, monkeypatch):
     seen = []
 
@@ -98,7 +111,7 @@ def test_every_block_may_be_added_to_the_summary(tmp_path, name):
     kept, x = Embeddings.load(tmp_path / "train.safetensors").vectors["embed+blocks"], made.train.images / 2
     with torch.no_grad():
         expected = torch.cat([encoder.embed(x), encoder.block_statistics(x)], 1)
-    assert kept.shape[1] == 8 + 2 * 2 * 8
+    assert kept.shape[1] == 8 + 4 * 2 * 8
     torch.testing.assert_close(kept, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -54,6 +54,22 @@ def test_a_probe_is_the_minimum_of_its_objective(labels):
     assert torch.allclose(probe.probabilities(x), theirs, atol=1e-4)
 
 
+@pytest.mark.parametrize("labels", ["classes", "labels"])
+def test_vectors_longer_than_their_number_have_the_same_minimum(labels):
+    x, y = clouds(30, 150)
+    if labels == "labels":
+        y = torch.stack([y == 0, y < 2], 1).double()
+    x = ((x - x.mean(0)) / x.std(0, correction=0)).double()
+    outputs = 3 if labels == "classes" else 2
+    found = module._solve(x, y, outputs, 0.05).requires_grad_(True)
+    loss = module._cross_entropy(module._apply(found, x), y).mean() + 0.05 / 2 * found[:, :-1].square().sum()
+    (gradient,) = torch.autograd.grad(loss, found)  # of the whole problem, in all 150 directions
+    assert gradient.abs().max() < 1e-7 and found[:, :-1].abs().max() > 1e-3
+    elsewhere = torch.randn(found.shape, dtype=found.dtype)
+    again = module._solve(x, y, outputs, 0.05, start=elsewhere)
+    torch.testing.assert_close(again[:, :-1], found[:, :-1].detach(), atol=1e-6, rtol=0)  # the biases have a free sum
+
+
 @pytest.mark.upstream
 def test_a_probe_agrees_with_scikit_learn():
     linear = pytest.importorskip("sklearn.linear_model")

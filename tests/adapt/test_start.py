@@ -46,6 +46,18 @@ def test_outputs_are_the_logits_of_the_probe_on_what_the_head_reads(make, output
     torch.testing.assert_close(network(halved(data.images)), probe.logits(vectors).float(), rtol=1e-4, atol=1e-5)
 
 
+def test_the_probe_is_of_what_an_inferer_gives():
+    def both(images, network):  # of an image and its mirror image
+        return (network(images) + network(images.flip(3))) / 2
+
+    data, network = Told(40, SEVERAL["two classes"][1]), vit(2)
+    start_head(network, "probe", data, halved, inferer=both, l2=0.1)
+    images = halved(data.images)
+    vectors = both(images, network.eval().encoder.embed).detach()
+    probe = fit_linear_probe(vectors, data.labels, l2=0.1)
+    torch.testing.assert_close(both(images, network), probe.logits(vectors).float(), rtol=1e-4, atol=1e-5)
+
+
 def test_the_penalty_is_chosen_on_folds_of_patients(monkeypatch):
     asked = {}
 

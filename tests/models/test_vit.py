@@ -1,10 +1,12 @@
 """Plain ViT against the installed timm, in 3D against itself in 2D, and what a user may do with it."""
 
 import re
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from medvit import create_model
 from medvit.models.encoder import Encoder
@@ -118,16 +120,16 @@ def test_without_classes_the_classifier_gives_the_embedding():
 
 
 @pytest.mark.parametrize(("dims", "spatial"), [(2, (16, 12)), (3, (8, 12, 4))])
-def test_a_head_may_read_both_moments_of_every_block(dims, spatial):
+def test_a_head_may_read_four_moments_of_every_block(dims, spatial):
     model, x = network(reads="blocks", num_classes=2, depth=3, spatial_dims=dims), image(2, 3, *spatial)
     after = []
     for block in model.encoder.blocks:
         block.register_forward_hook(lambda module, given, out: after.append(out.detach().double().numpy()))
     logits = model(x)
-    read = [moment for out in after for moment in (out[:, 1:].mean(axis=1), out[:, 1:].std(axis=1))]
-    expected = torch.from_numpy(np.concatenate(read, axis=1))
-    assert expected.shape == (2, 2 * 3 * 24)
-    torch.testing.assert_close(model.encoder.block_statistics(x).double(), expected, rtol=1e-4, atol=1e-5)
+    moments = (np.mean, np.std, stats.skew, partial(stats.kurtosis, fisher=False))
+    expected = torch.from_numpy(np.concatenate([moment(out[:, 1:], axis=1) for out in after for moment in moments], 1))
+    assert expected.shape == (2, 4 * 3 * 24)
+    torch.testing.assert_close(model.encoder.block_statistics(x).double(), expected, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(logits.double(), model.head.double()(expected), rtol=1e-4, atol=1e-4)
 
 
@@ -145,7 +147,8 @@ def test_patches_that_are_all_alike_have_a_gradient():
     with torch.no_grad():
         model.encoder.pos_embed.zero_()
     model(torch.ones(1, 3, 16, 16)).sum().backward()
-    assert model.encoder.block_statistics(torch.ones(1, 3, 16, 16))[0, 24:48].max() < 0.01
+    _, deviation, skewness, kurtosis = model.encoder.block_statistics(torch.ones(1, 3, 16, 16))[0, : 4 * 24].chunk(4)
+    assert deviation.max() < 0.01 and skewness.abs().max() < 1e-3 and kurtosis.max() < 1e-3
     assert all(p.grad.isfinite().all() for p in model.encoder.blocks.parameters())
 
 

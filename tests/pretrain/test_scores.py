@@ -80,6 +80,16 @@ def test_predictions_are_scored_and_written(tmp_path, classes):
     assert float(table[6]["score" if classes == 2 else "score_0"]) == pytest.approx(float(last), rel=1e-5)
 
 
+def test_predictions_are_what_an_inferer_gives():
+    data, objective = Source(7, 3), Supervised(Classifier(3), nn.CrossEntropyLoss())
+    watcher = Predictions(
+        data, nn.Identity(), {}, inferer=lambda images, network: (network(images) + network(images.flip(3))) / 2
+    )
+    watcher(objective)
+    expected = (objective.network(data.images) + objective.network(data.images.flip(3))) / 2
+    torch.testing.assert_close(watcher.scores, expected.softmax(1).detach())
+
+
 def test_several_labels_from_cached_images_to_an_evaluated_table(tmp_path):
     generator = torch.Generator().manual_seed(0)
     cases = [{"image": i, "case": f"c{i}", "found": [float(i % 2), float(i % 3 == 0)]} for i in range(24)]
