@@ -34,14 +34,15 @@ class FrozenEvaluation:
         train: source of whole batches with labels and ``cases``, such as
             :class:`~medvit.pretrain.images.CachedImages`; labels ``(N,)`` are classes, ``(N, L)`` several yes or no.
         val: likewise, what is judged on.
-        view: images of a batch to what the encoder takes.
+        view: images of a batch to what the inferer takes.
         output_dir: of the files; a folder per kind of features below it.
         inferer: called with viewed images and with what makes vectors of them, such as
-            :class:`~medvit.inference.crops.MeanOverCrops`, which is for everything but maps.
+            :class:`~medvit.inference.crops.MeanOverCrops`, which refuses maps; the plainest one: ``view`` gives what
+            the encoder takes.
         features: ``"embed"`` (the encoder's own summary), ``"embed+patches"`` (that and the mean of the last map, as
-            DINOv2 is evaluated), ``"embed+blocks"`` (the summary, and four moments of the patches after every
-            block, of encoders with ``block_statistics``), ``"map"`` (the whole map, for what depends on where something
-            is; of images of one size), ``"pixels"`` (what the encoder is given: what is gained by none), or several.
+            DINOv2 is evaluated), ``"embed+blocks"`` (the summary, and four moments of the patches after every block, of
+            encoders with ``block_statistics``), ``"map"`` (the whole map, for what depends on where something is; of
+            images of one size), ``"pixels"`` (what the encoder is given: what is gained by none), or several.
         shots: cases per class of the few-shot probes; of several labels there are none.
         draws: of the shots.
         neighbours: that vote.
@@ -134,12 +135,14 @@ class FrozenEvaluation:
             "embed": body.embed,
             "embed+patches": lambda x: torch.cat([body.embed(x), body(x)[-1].flatten(2).mean(2)], 1),
             "embed+blocks": lambda x: torch.cat([body.embed(x), body.block_statistics(x)], 1),
-            "map": lambda x: body(x)[-1].flatten(1),
+            "map": lambda x: body(x)[-1],
             "pixels": lambda x: x.flatten(1),
         }
         wanted = {kind: makers[kind] for kind in self.features}
         batches = viewed(source, self.view, self.batch_size)
-        made = extract(body, batches, lambda images: {k: self.inferer(images, make) for k, make in wanted.items()})
+        made = extract(
+            body, batches, lambda images: {kind: self.inferer(images, make).flatten(1) for kind, make in wanted.items()}
+        )
         made.save(self.output_dir / f"{name}.safetensors")
         return made
 

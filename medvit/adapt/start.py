@@ -39,7 +39,7 @@ def start_head(
             head is given, the standardisation folded in, so that the network's outputs are the probe's logits.
         data: source of whole batches with labels and ``cases``, such as
             :class:`~medvit.pretrain.images.CachedImages`; labels ``(N,)`` are classes, ``(N, L)`` several yes or no.
-        view: images of a batch to what the network takes; whole images, nothing at random.
+        view: images of a batch to what the inferer takes; whole images, nothing at random.
         inferer: called with viewed images and the network, such as :class:`~medvit.inference.crops.MeanOverCrops`: the
             probe is fitted on the mean of what the head is given.
         l2: penalty of the probe; None: chosen on folds by the training cases' groups.

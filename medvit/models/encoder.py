@@ -60,7 +60,7 @@ def patch_statistics(states: Iterable[Tensor], prefix: int = 1) -> Tensor:
 
     Returns:
         ``(B, 4 * D * number of states)``: of each state mean, standard deviation, skewness and kurtosis (of a normal
-        distribution 3; of patches that are all alike both are 0), in the type of the states.
+        distribution 3; where the deviation is about 1e-3 or less both go to 0), in the type of the states.
 
     Source: several blocks as DINOv2 is evaluated (Oquab et al., TMLR 2024); mean and deviation as in statistics pooling
     (Snyder et al., "X-vectors", ICASSP 2018), skewness and kurtosis as in Rouvier et al. (arXiv:2105.04310).

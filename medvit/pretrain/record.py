@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -104,8 +105,8 @@ class Record:
 
 
 def tracked(items: Sequence[T], what: str) -> Iterator[T]:
-    """The items in turn; on a terminal with a bar on standard error that says ``what`` until they are done."""
-    if not sys.stderr.isatty():
+    """The items in turn; on a terminal, and of the first process, with a bar on standard error that says ``what``."""
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":  # torchrun's; the group is not open yet
         yield from items
         return
     from rich.console import Console

@@ -21,7 +21,7 @@ class Predictions:
 
     Args:
         data: source with ``batch(indices)`` and labels.
-        view: images of a batch to what the network takes.
+        view: images of a batch to what the inferer takes.
         metrics: labels and scores to a number, by name; see :class:`FeatureHealth`.
         inferer: called with viewed images and the network, such as :class:`~medvit.inference.crops.MeanOverCrops`.
         activation: logits to scores; None: softmax over the classes. Of two classes the second one's score is kept.

@@ -3,6 +3,7 @@ import csv
 import numpy as np
 import pytest
 import torch
+from monai.inferers import SimpleInferer
 from torch import nn
 from training_synthetic import Encoder, Told
 
@@ -10,6 +11,7 @@ from medvit.adapt.embeddings import Embeddings
 from medvit.adapt.frozen import FrozenEvaluation
 from medvit.adapt.metrics import auroc, mean_auroc
 from medvit.adapt.probe import few_shot, fit_linear_probe, grouped_folds, knn
+from medvit.inference.crops import MeanOverCrops
 from medvit.models.heads import as_encoder
 
 
@@ -62,6 +64,12 @@ def test_vectors_are_what_an_inferer_makes_of_the_views(tmp_path):
         embed = made.network.encoder.embed
         torch.testing.assert_close(kept["embed"], (embed(x) + embed(x.flip(3))) / 2)
     torch.testing.assert_close(kept["pixels"], ((x + x.flip(3)) / 2).flatten(1))
+
+
+def test_a_map_is_what_the_encoder_gives_and_its_mean_over_crops_is_refused(tmp_path):
+    inferer = MeanOverCrops(SimpleInferer(), tuple(Told(1, lambda i: i).images.shape[2:]))
+    with pytest.raises(ValueError, match=r"a vector per image, \(B, K\), got shape \(7, 12, "):
+        evaluation(tmp_path, lambda i: (i // 2) % 2, inferer=inferer, features=["map"]).run()
 
 
 def test_shots_are_of_different_patients(tmp_path, monkeypatch):

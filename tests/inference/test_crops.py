@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from monai.inferers import SimpleInferer
@@ -45,6 +47,33 @@ def test_the_whole_of_an_image_of_the_networks_size_is_the_image() -> None:
     torch.testing.assert_close(MeanOverCrops(SimpleInferer(), (5, 7), fractions=[1.0])(image, told), told(image))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_half_precision_moves_no_pixel(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    image = torch.rand(shape).to(dtype)
+
+    def seen(x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1)
+
+    exact = MeanOverCrops(SimpleInferer(), 6, fractions=[0.9, 0.8])(image.double(), seen)
+    found = MeanOverCrops(SimpleInferer(), 6, fractions=[0.9, 0.8])(image, seen)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, atol=torch.finfo(dtype).eps, rtol=0)
+
+
+def test_autocast_moves_no_pixel() -> None:
+    image, crops = torch.rand(1, 1, 128, 128), MeanOverCrops(SimpleInferer(), 96)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = crops(image, lambda x: x.flatten(1))
+    torch.testing.assert_close(found, crops(image, lambda x: x.flatten(1)))
+
+
+def test_a_single_view_may_be_of_maps() -> None:
+    image = torch.rand(1, 1, 6, 8)
+    found = MeanOverCrops(SimpleInferer(), (6, 8), fractions=[1.0])(image, lambda x: x * 2)
+    torch.testing.assert_close(found, image * 2)
+
+
 def test_it_runs_another_inferer() -> None:
     def other(inputs: torch.Tensor, network: object, factor: float) -> torch.Tensor:
         return told(inputs) * factor
@@ -54,15 +83,15 @@ def test_it_runs_another_inferer() -> None:
     torch.testing.assert_close(MeanOverCrops(other, 6)(image, told, 3.0), expected)
 
 
-@pytest.mark.parametrize("fractions", [[], [0.0], [1.0, 1.1], [float("nan")]])
+@pytest.mark.parametrize("fractions", [[], [0.0], [1.0, 1.1], [float("nan")], 0.9])
 def test_fractions_that_make_no_sense_are_refused(fractions: list[float]) -> None:
-    with pytest.raises(ValueError, match=r"fractions must lie in \(0, 1\], got"):
+    with pytest.raises(ValueError, match=r"fractions must be a list of numbers in \(0, 1\], got"):
         MeanOverCrops(SimpleInferer(), 6, fractions=fractions)
 
 
-@pytest.mark.parametrize("axes", [[0, 0], [-1]])
+@pytest.mark.parametrize("axes", [[0, 0], [-1], 1])
 def test_axes_that_make_no_sense_are_refused(axes: list[int]) -> None:
-    with pytest.raises(ValueError, match="mirror_axes must be different spatial axes, counted from 0, got"):
+    with pytest.raises(ValueError, match="mirror_axes must be a list of different spatial axes, counted from 0, got"):
         MeanOverCrops(SimpleInferer(), 6, mirror_axes=axes)
 
 
@@ -71,6 +100,16 @@ def test_an_axis_that_the_image_lacks_is_refused() -> None:
         MeanOverCrops(SimpleInferer(), 4, mirror_axes=[2])(torch.zeros(1, 1, 4, 4), told)
 
 
-def test_maps_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"a vector per image, \(B, K\), got shape \(1, 1, 4, 4\); run maps on"):
-        MeanOverCrops(SimpleInferer(), 4)(torch.zeros(1, 1, 4, 4), lambda x: x)
+@pytest.mark.parametrize(
+    ("said", "got"), [(lambda x: x, r"shape \(1, 1, 4, 4\)"), (lambda x: [x], "list")], ids=["map", "list of maps"]
+)
+def test_means_of_maps_are_refused(said: Callable[[torch.Tensor], torch.Tensor], got: str) -> None:
+    sought = rf"a vector per image, \(B, K\), got {got}; run maps on the whole image, with fractions \[1.0\]"
+    with pytest.raises(ValueError, match=sought):
+        MeanOverCrops(SimpleInferer(), 4)(torch.zeros(1, 1, 4, 4), said)
+
+
+@pytest.mark.parametrize("image", [torch.zeros(1, 1, 4), torch.zeros(1, 1, 4, 4, dtype=torch.uint8)])
+def test_what_is_no_image_is_refused(image: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"images must be \(B, C, \*spatial\) in 2D or 3D, of floating numbers, got"):
+        MeanOverCrops(SimpleInferer(), 4)(image, told)

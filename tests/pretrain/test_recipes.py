@@ -18,6 +18,7 @@ from PIL import Image
 
 from medvit.errors import MedvitError, NothingFound
 from medvit.models.weights import read_state
+from medvit.pretrain.images import WholeView
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(ROOT.glob("configs/*/*.json"))
@@ -248,6 +249,34 @@ def test_options_say_where_an_encoder_and_a_head_start(dataset_dir, tmp_path):
     ]
     fresh, probed = (objective.network.head.weight.norm() for objective in heads)
     assert fresh < 1e-3 < probed
+
+
+@pytest.mark.parametrize(
+    ("name", "middles", "mirrored"),
+    [
+        ("cxr_viral", [1.0, 0.95, 0.9], False),
+        ("cxr_rad_dino", [1.0, 0.95, 0.9], True),
+        ("cxr_published", [224 / 256], False),
+    ],
+)
+def test_scores_probes_and_the_start_of_the_head_see_the_same_views(name, middles, mirrored):
+    recipe = parsed(ROOT / f"configs/finetune/{name}.json")
+    for part in ("started", "predictions", "frozen"):
+        assert (recipe[part]["view"], recipe[part]["inferer"]) == ("@whole_view", "@inferer"), part
+    image = torch.randint(0, 256, (2, 1, recipe["cached_size"], recipe["cached_size"]), dtype=torch.uint8)
+    seen = []
+
+    def network(x):
+        seen.append(x)
+        return x.flatten(1)
+
+    recipe.get_parsed_content("inferer")(recipe.get_parsed_content("whole_view")(image), network)
+    norm = {"mean": recipe["mean"], "std": recipe["std"]}
+    views = [WholeView(recipe["image_size"], **norm, middle=middle)(image) for middle in middles]
+    expected = [turned for view in views for turned in ([view, view.flip(3)] if mirrored else [view])]
+    assert len(seen) == len(expected)
+    for found, wanted in zip(seen, expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=2e-4)
 
 
 @pytest.mark.filterwarnings("ignore")

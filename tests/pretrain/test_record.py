@@ -82,6 +82,13 @@ def test_a_terminal_sees_how_far_a_loop_is(monkeypatch, capsys):
     assert "embedding" in said and "100%" in said and not out
 
 
+def test_of_several_processes_the_first_one_shows_it(monkeypatch, capsys):
+    on_a_terminal(monkeypatch)
+    monkeypatch.setenv("RANK", "1")
+    assert list(tracked(range(3), "embedding")) == [0, 1, 2]
+    assert capsys.readouterr() == ("", "")
+
+
 def test_a_pipe_sees_nothing_of_a_loop(capsys):
     assert list(tracked(range(3), "embedding")) == [0, 1, 2]
     assert capsys.readouterr() == ("", "")
